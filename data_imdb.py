@@ -1,0 +1,477 @@
+"""Text to tokens to prompts to preference groups; the only file that touches corpus or tokenizer.
+
+    read_imdb, read_toy -> reviews; train_bpe, gpt2_encoding -> an encoding; load -> both, as Tokens
+    Tokens -> windows, lm_batch: batches of a language model
+    Tokens -> sample_prompts -> (sampling and r*, elsewhere) -> Groups <-> groups.jsonl
+
+Knows nothing of models, losses or training; imports torch only to download.
+Legend: B sequences, T tokens, V vocabulary, P prompts, K completions a prompt, N reviews.
+"""
+
+import argparse
+import base64
+import hashlib
+import heapq
+import itertools
+import json
+import operator
+import os
+import re
+import sys
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import regex
+import tiktoken
+
+import toy_reviews
+from runs import UserError, file_hash, json_hash, main_exit, os_errors, write_whole
+
+EOT = "<|endoftext|>"
+SPLITS = ("train", "unsup", "valid", "test")
+
+
+# ------------------------------------------------------------------------------ reviews
+
+class Review(NamedTuple):
+    text: str
+    label: int | None  # 1 positive, 0 negative, None unlabelled
+
+
+Splits = dict[str, list[Review]]
+
+URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+SIZE, MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
+REMEDY = f"set IMDB_PATH to a copy of {URL} or to its unpacked folder"
+MEMBER = re.compile(r"(?:^|/)(test/(?:pos|neg)|train/(?:pos|neg|unsup))/(\d+)_\d+\.txt$")
+FOLDERS = {"test/pos": ("test", 1, 12_500), "test/neg": ("test", 0, 12_500),
+           "train/pos": ("train", 1, 12_500), "train/neg": ("train", 0, 12_500),
+           "train/unsup": ("unsup", None, 50_000)}  # split, label, number of reviews
+
+
+def read_imdb(path: Path | None, cache: Path, progress: Callable[[str], object] = print,
+              seed: int = 0) -> tuple[Splits, dict[str, int]]:
+    """The Large Movie Review Dataset (Maas et al. 2011) from `path`, or else downloaded to `cache`.
+
+    `path` is an archive (.tar.gz, .tar.xz) or an unpacked folder. Reviews come back shuffled by
+    `seed`; "valid" is every 20th of train, taken out of it. A text that recurs in another split
+    stays only where it evaluates (test, then valid, then train); notes["dup_<split>"] counts what
+    was dropped. Raises UserError for a missing, truncated, wrong or incomplete corpus.
+    """
+    path = path or download(cache, progress)
+    progress(f"reading {path}")
+    found: dict[str, dict[int, str]] = {key: {} for key in FOLDERS}
+    for name, content in _files(path):
+        if match := MEMBER.search(name):
+            text = re.sub(r"<br\s*/?>", "\n", content.decode("utf-8", "replace"))
+            found[match[1]][int(match[2])] = text.strip()
+    raw: Splits = {"test": [], "train": [], "unsup": []}
+    for key, (split, label, wanted) in FOLDERS.items():
+        if len(found[key]) != wanted:
+            raise UserError(f"{path} has {len(found[key]):,} reviews named {key}/ID_RATING.txt, "
+                            f"wanted {wanted:,}: a wrong or incomplete archive; {REMEDY}")
+        raw[split] += [Review(found[key][i], label) for i in sorted(found[key])]  # by ID
+    for i, split in enumerate(raw):
+        np.random.default_rng((seed, i)).shuffle(raw[split])
+    raw["valid"] = raw["train"][::20]
+    del raw["train"][::20]
+    splits, notes, seen = {}, {}, set()
+    for split in ("test", "valid", "train", "unsup"):  # who comes first keeps a shared text
+        splits[split] = [review for review in raw[split] if review.text not in seen]
+        notes[f"dup_{split}"] = len(raw[split]) - len(splits[split])
+        seen.update(review.text for review in raw[split])
+    return splits, notes
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of a folder's files, or an archive's read as a stream, never unpacked."""
+    if path.is_dir():
+        yield from ((file.as_posix(), file.read_bytes()) for file in path.rglob("*.txt"))
+        return
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, OSError) as e:
+        raise UserError(f"{path} cannot be read as an archive ({e}): missing, cut short, or not "
+                        f"a .tar.gz or .tar.xz; {REMEDY}") from e
+
+
+def download(cache: Path, progress: Callable[[str], object] = print) -> Path:
+    """Stanford's archive in `cache`, fetched by the first call; there only if its md5 is right."""
+    archive, part = cache / "aclImdb_v1.tar.gz", cache / "aclImdb_v1.part"
+    if archive.exists():
+        return archive
+    from torch.hub import download_url_to_file
+
+    progress(f"downloading {URL} ({SIZE / 1e6:.0f} MB) to {archive}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(URL, str(part), progress=sys.stderr.isatty())
+        if (md5 := hashlib.md5(part.read_bytes()).hexdigest()) != MD5:
+            raise OSError(f"{part.stat().st_size:,} bytes came, md5 {md5}, wanted {SIZE:,}, {MD5}")
+    except OSError as e:  # URLError and time-outs are OSErrors
+        raise UserError(f"cannot download {URL} to {cache} ({e}); try again, or {REMEDY}") from e
+    return part.replace(archive)
+
+
+def read_toy(n: int, seed: int) -> Splits:
+    """`n` reviews (less those that recur), unlabelled: r* is a function of the text."""
+    rows = [Review(text, None) for text in dict.fromkeys(toy_reviews.reviews(n, seed))]
+    cut = len(rows) // 20
+    return {"test": rows[:cut], "valid": rows[cut : 2 * cut], "train": rows[2 * cut :], "unsup": []}
+
+
+# ------------------------------------------------------------------------------ tokens
+
+# GPT-2's split into pre-tokens; no token crosses their borders.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's byte-level BPE, V = 50257. Raises UserError if its two files are not to be had."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as e:  # no network; a damaged file
+        raise UserError("tiktoken could not get GPT-2's vocab.bpe and encoder.json; set "
+                        "TIKTOKEN_CACHE_DIR to a folder that has them") from e
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
+    """Byte-level BPE (Sennrich et al. 2016) with GPT-2's pre-tokens; <|endoftext|> is the last id.
+
+    Each step merges the most frequent adjacent pair, of equals the one with the smallest ids; with
+    no pair left, the result is smaller than `vocab_size` (257 to 65,536). A text matters only
+    through the counts of its distinct pre-tokens, and a merge changes only the pre-tokens that hold
+    its pair: a step costs those, not the corpus.
+    """
+    if not str(vocab_size).isdecimal() or not 257 <= int(vocab_size) <= 65_536:
+        raise UserError(f"got a vocabulary of {vocab_size}, wanted 257 (the bytes and {EOT}) to "
+                        "65,536 (what uint16 holds), or gpt2")
+    pre_tokens: Counter[str] = Counter()
+    for text in texts:
+        pre_tokens.update(regex.findall(PATTERN, text))
+    # A word is a str whose i-th character is chr(its i-th token's id): str.replace does a merge.
+    words = [word.encode("utf-8", "replace").decode("latin-1") for word in pre_tokens]
+    counts = list(pre_tokens.values())
+    pairs: Counter[str] = Counter()  # two characters -> how often they are adjacent
+    homes: defaultdict[str, set[int]] = defaultdict(set)  # -> the words that hold, or held, them
+    for i, word in enumerate(words):
+        for pair in map(operator.add, word, word[1:]):
+            pairs[pair] += counts[i]
+            homes[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    ranks = [bytes([i]) for i in range(256)]
+    while heap and len(ranks) < int(vocab_size) - 1:
+        count, pair = heapq.heappop(heap)
+        if pairs[pair] != -count:
+            continue  # stale: its count has changed and was pushed anew
+        token = chr(len(ranks))
+        ranks.append(ranks[ord(pair[0])] + ranks[ord(pair[1])])
+        change: Counter[str] = Counter()
+        for i in homes.pop(pair):
+            old, words[i] = words[i], words[i].replace(pair, token)
+            for other in map(operator.add, old, old[1:]):
+                change[other] -= counts[i]
+            for other in map(operator.add, words[i], words[i][1:]):
+                change[other] += counts[i]
+                homes[other].add(i)
+        for other, difference in change.items():
+            pairs[other] += difference
+            if difference and pairs[other]:
+                heapq.heappush(heap, (-pairs[other], other))
+    return _encoding(ranks)
+
+
+def _encoding(ranks: Sequence[bytes]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name=f"bpe{len(ranks) + 1}", pat_str=PATTERN,
+                             mergeable_ranks={token: i for i, token in enumerate(ranks)},
+                             special_tokens={EOT: len(ranks)})
+
+
+def save_encoding(file: BinaryIO, enc: tiktoken.Encoding) -> None:
+    """Ours or GPT-2's: in each line a token in base64, and its rank. For runs.write_whole."""
+    for i in range(enc.eot_token):
+        file.write(base64.b64encode(enc.decode_single_token_bytes(i)) + b" %d\n" % i)
+
+
+def load_encoding(path: Path) -> tiktoken.Encoding:
+    """What save_encoding wrote; UserError where there is none."""
+    with os_errors("read", path):
+        lines = Path(path).read_bytes().splitlines()
+    return _encoding([base64.b64decode(line.split()[0]) for line in lines])
+
+
+@dataclass
+class Tokens:
+    """A split's reviews in one stream. <|endoftext|> precedes every review and closes the last."""
+
+    stream: np.ndarray  # (tokens + 1,) uint16
+    offsets: np.ndarray  # (N + 1,) int64: where each review's <|endoftext|> stands
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.stream[self.offsets[i] : self.offsets[i + 1]]
+
+    def windows(self, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, lengths) of every training window: `length` inputs, each with a next token.
+
+        A window starts at <|endoftext|> or at a multiple of `n_ctx` inside a long review, and ends
+        with its review: that window's last target is the <|endoftext|> that closes it. So every
+        token is a target exactly once, and the model has seen what comes before a first word.
+        """
+        sizes = np.diff(self.offsets)
+        pieces = -(-sizes // n_ctx)
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = np.repeat(self.offsets[:-1], pieces) + n_ctx * (np.arange(len(first)) - first)
+        return starts, np.minimum(n_ctx, np.repeat(self.offsets[1:], pieces) - starts)
+
+
+def lm_batch(tokens: Tokens, starts: np.ndarray, lengths: np.ndarray, pad_to: int = 1,
+             pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """idx (B, T) int64 and the mask (B, T) of targets: row b has lengths[b] + 1 real tokens.
+
+    All but a row's first are targets. T - 1, the number of inputs, is a multiple of `pad_to`.
+    """
+    column = np.arange(-(-np.max(lengths) // pad_to) * pad_to + 1)
+    real = column <= np.asarray(lengths)[:, None]  # (B, T)
+    where = np.where(real, np.asarray(starts)[:, None] + column, 0)
+    return np.where(real, tokens.stream[where].astype(np.int64), pad_id), real & (column > 0)
+
+
+@dataclass
+class Data:
+    enc: tiktoken.Encoding
+    eot: int
+    tokens: dict[str, Tokens]  # by split
+    labels: dict[str, np.ndarray | None]  # by split: (N,) int8, 1 positive, 0 negative
+    notes: dict[str, int]  # duplicates dropped, by split
+    identity: str  # the hash of every stream, label and rank
+
+
+def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
+         progress: Callable[[str], object] = print) -> Data:
+    """The corpus in tokens: built in `folder` by the first call, memory-mapped by the next.
+
+    corpus "toy" (`reviews` in all) or "imdb" (0: all; n: the first n of each shuffled split, for
+    scaled-down runs); vocab "gpt2" or the size of a BPE trained on train and unsup. A subfolder's
+    name carries a hash of all that and of the source, so that no setting reads another's files.
+    """
+    if reviews < (20 if corpus == "toy" else 0):
+        raise UserError(f"got {reviews} reviews, wanted 20 or more (0 for all, on imdb)")
+    path = Path(os.environ["IMDB_PATH"]) if os.environ.get("IMDB_PATH") else None
+    source = file_hash(toy_reviews.__file__) if corpus == "toy" else _size(path) if path else SIZE
+    setting = json_hash([corpus, str(vocab), reviews, seed, source])
+    base = Path(folder) / f"{corpus}-{vocab}-{setting}"
+    files = [base / name for name in ("bpe.tiktoken", *(f"{s}.npy" for s in SPLITS), "about.json")]
+    if not all(file.exists() for file in files):
+        if corpus == "toy":
+            _build(read_toy(reviews, seed), {}, str(vocab), base, lambda text: None)
+        else:
+            splits, notes = read_imdb(path, Path(folder), progress, seed)
+            splits = {split: rows[: reviews or None] for split, rows in splits.items()}
+            _build(splits, notes, str(vocab), base, progress)
+    enc, about = load_encoding(files[0]), json.loads(files[-1].read_bytes())
+    # np.asarray: still the file's memory, without the slow indexing of np.memmap
+    streams = {s: np.asarray(np.load(base / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
+    tokens = {s: Tokens(x, np.flatnonzero(x == enc.eot_token)) for s, x in streams.items()}
+    labels = {s: np.array(y, dtype=np.int8) if y and None not in y else None
+              for s, y in about["labels"].items()}
+    identity = json_hash([file_hash(file) for file in files])
+    return Data(enc, enc.eot_token, tokens, labels, about["notes"], identity)
+
+
+def _size(path: Path) -> int:
+    """The corpus's size in bytes: what tells one copy from another."""
+    files = path.rglob("*.txt") if path.is_dir() else [path] if path.exists() else []
+    if not (size := sum(file.stat().st_size for file in files)):
+        raise UserError(f"IMDB_PATH is {path}, where there are no reviews; {REMEDY}")
+    return size
+
+
+def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path,
+           progress: Callable[[str], object]) -> None:
+    progress(f"vocabulary {vocab}: training a BPE" if vocab != "gpt2" else "vocabulary gpt2")
+    texts = (row.text for split in ("train", "unsup") for row in splits[split])
+    enc = gpt2_encoding() if vocab == "gpt2" else train_bpe(texts, vocab)
+    with os_errors("write", base):
+        base.mkdir(parents=True, exist_ok=True)
+    write_whole(base / "bpe.tiktoken", lambda file: save_encoding(file, enc))
+    threads = min(4, os.cpu_count() or 1)
+    for split, rows in splits.items():
+        progress(f"encoding {len(rows):,} reviews of {split}")
+        texts, parts = [row.text for row in rows], []
+        for i in range(0, len(texts), 1024):  # in pieces: lists of ids take 18 times the stream
+            batch = enc.encode_ordinary_batch(texts[i : i + 1024], num_threads=threads)
+            parts += [np.array([enc.eot_token, *ids], dtype=np.uint16) for ids in batch]
+        stream = np.concatenate([*parts, np.array([enc.eot_token], dtype=np.uint16)])
+        write_whole(base / f"{split}.npy", lambda file: np.save(file, stream))
+    labels = {s: [row.label for row in rows] for s, rows in splits.items()}
+    about = json.dumps({"notes": notes, "labels": labels}).encode()
+    write_whole(base / "about.json", lambda file: file.write(about))
+
+
+# ------------------------------------------------------------------------------ preferences
+
+def sample_prompts(tokens: Tokens, n: int, seed: int | Sequence[int], lo: int = 2, hi: int = 8,
+                   avoid: Collection[tuple[int, ...]] = frozenset()) -> tuple[list[list[int]], int]:
+    """App. C.1 · `n` prompts: <|endoftext|> and the first lo to hi tokens of reviews.
+
+    Reviews are taken in a seeded order, none twice before all were taken. A prompt in `avoid` (for
+    evaluation: the training prompts) is drawn again; the second result counts those.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(np.flatnonzero(np.diff(tokens.offsets) > hi))
+    prompts, drawn = [], 0
+    while len(prompts) < n:
+        if not len(order) or drawn - len(prompts) > 100 * n:
+            raise UserError(f"found {len(prompts)} prompts of {lo} to {hi} tokens in {len(tokens)} "
+                            f"reviews, wanted {n}; ask for fewer, or for others to avoid")
+        prompt = tokens[order[drawn % len(order)]][: 1 + rng.integers(lo, hi + 1)].tolist()
+        drawn += 1
+        if tuple(prompt) not in avoid:
+            prompts.append(prompt)
+    return prompts, drawn - n
+
+
+@dataclass
+class Groups:
+    """Preference data: P prompts with K completions each, as ids, never re-tokenised text."""
+
+    prompt_ids: list[list[int]]  # P, each from <|endoftext|> on
+    completion_ids: list[list[list[int]]]  # P x K, with the <|endoftext|> that ended one
+    rewards: np.ndarray  # (P, K) float32: r*; without it from 1, the best, down to 0
+    has_reward: bool  # whether the rewards are r*
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> groups left out
+
+
+def write_groups(file: BinaryIO, groups: Groups, enc: tiktoken.Encoding) -> None:
+    """JSON lines for runs.write_whole; "rewards" is null without r*: then the best stands first."""
+    eot = enc.eot_token
+    for prompt, completions, rewards in zip(groups.prompt_ids, groups.completion_ids,
+                                            groups.rewards, strict=True):
+        assert groups.has_reward or (np.diff(rewards) < 0).all(), "completions not best first"
+        row = {"prompt": enc.decode(prompt[prompt[0] == eot :]),
+               "completions": [enc.decode(y[: len(y) - (y[-1] == eot)]) for y in completions],
+               # a float32's str is its shortest name: 0.9, not 0.8999999761581421
+               "rewards": [float(str(r)) for r in rewards] if groups.has_reward else None,
+               "prompt_ids": prompt, "completion_ids": completions}
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def read_groups(path: Path, enc: tiktoken.Encoding, n_ctx: int) -> Groups:
+    """Preferences from JSONL, each line in one of three forms:
+
+    ours          {"prompt", "completions", "rewards", "prompt_ids", "completion_ids"}; without the
+                  ids the text is tokenised; without rewards, completions stand best first
+    pairs         {"prompt", "chosen", "rejected"}
+    Anthropic-HH  {"chosen", "rejected"}; the prompt ends with their last shared "\\n\\nAssistant:"
+
+    Groups of equal rewards, and those longer than n_ctx (prompt and completion), are left out and
+    counted in `dropped`. Raises UserError, with the line, for anything malformed and for ids beyond
+    the vocabulary; and if nothing is left.
+    """
+    prompts, kept, scores, dropped, shapes = [], [], [], Counter(), set()
+    with os_errors("read", path):
+        lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt, completions, rewards = _parse(line, enc)
+            shapes.add((len(completions), rewards is not None))
+            _want(len(shapes) == 1, "as many completions as before, and rewards in all or no lines")
+        except UserError as e:
+            raise UserError(f"{path}, line {number}: wanted {e}") from None
+        values = np.linspace(1, 0, len(completions)) if rewards is None else rewards
+        values = np.array(values, dtype=np.float32)
+        if len(prompt) + max(map(len, completions)) > n_ctx:
+            dropped[f"longer than {n_ctx} tokens"] += 1
+        elif (values == values[0]).all():
+            dropped["equal rewards"] += 1
+        else:
+            prompts.append(prompt), kept.append(completions), scores.append(values)
+    if not kept:
+        raise UserError(f"{path} has no group to learn from (left out: {dict(dropped) or 'none'}); "
+                        "wanted completions that differ in reward and fit the context")
+    return Groups(prompts, kept, np.stack(scores), shapes.pop()[1], dict(dropped))
+
+
+def _want(ok: bool, what: str) -> None:
+    if not ok:
+        raise UserError(what)
+
+
+def _parse(line: bytes, enc: tiktoken.Encoding) -> tuple[list, list, list | None]:
+    """(prompt's ids, completions' ids, rewards or None); UserError(what was wanted instead)."""
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise UserError(f"JSON in UTF-8, got {getattr(e, 'msg', e)}") from e
+    _want(isinstance(row, dict) and ("completions" in row or {"chosen", "rejected"} <= row.keys()),
+          "an object with the keys prompt and completions, or prompt, chosen and rejected, or "
+          f"chosen and rejected, got {sorted(row) if isinstance(row, dict) else row!r:.80}")
+    texts = row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
+    _want(isinstance(texts, list) and len(texts) > 1 and all(isinstance(y, str) for y in texts),
+          f"a list of two or more completions, all of them texts, got {texts!r:.80}")
+    prompt, rewards, ids = (row.get(key) for key in ("prompt", "rewards", "completion_ids"))
+    _want(rewards is None or isinstance(rewards, list) and len(rewards) == len(texts)
+          and all(type(r) in (int, float) and abs(r) < np.inf for r in rewards),
+          f"{len(texts)} rewards, finite numbers, one a completion, got {rewards!r:.80}")
+    if ids is None:
+        if not row.keys() & {"prompt", "completions"}:  # Anthropic-HH
+            mark = "\n\nAssistant:"
+            end = os.path.commonprefix(texts).rfind(mark) + len(mark)
+            _want(end >= len(mark), f"a prompt, or a {mark!r} that chosen and rejected share")
+            prompt, texts = texts[0][:end], [text[end:] for text in texts]
+        _want(isinstance(prompt, str), f"a prompt, a text, got {prompt!r:.80}")
+        _want(all(y.strip() for y in texts), "some text in every completion, got an empty one")
+        prompt, *ids = map(enc.encode_ordinary, (prompt, *texts))
+        return [enc.eot_token, *prompt], [[*y, enc.eot_token] for y in ids], rewards
+    prompt = row.get("prompt_ids")
+    _want(isinstance(ids, list) and len(ids) == len(texts) and all(
+        isinstance(y, list) and y and all(type(i) is int for i in y) for y in (prompt, *ids)),
+        "prompt_ids, and completion_ids for each completion: lists of integers, none of them empty")
+    low, high = min(map(min, (prompt, *ids))), max(map(max, (prompt, *ids)))
+    _want(0 <= low and high < enc.n_vocab,
+          f"ids from 0 to {enc.n_vocab - 1}, the vocabulary, got ids from {low} to {high}")
+    return prompt, ids, rewards
+
+
+# ------------------------------------------------------------------------------ a look at it
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Prompts, how four reviews go on, r*, pairs.")
+    parser.add_argument("--corpus", choices=["toy", "imdb"], default="toy")
+    parser.add_argument("-n", type=int, default=3, help="how many prompts")
+    args = parser.parse_args(argv)
+    vocab, reviews = (1280, 20_000) if args.corpus == "toy" else ("gpt2", 0)
+    data = load(args.corpus, vocab, Path("data"), reviews, seed=0)
+    for split, tokens in data.tokens.items():
+        print(f"{split}: {len(tokens):,} reviews, {tokens.offsets[-1]:,} tokens")
+    train, labels, enc = data.tokens["train"], data.labels["train"], data.enc
+    alike = ((prompt, [i for i, x in enumerate(train) if x[: len(prompt)].tolist() == prompt][:4])
+             for prompt in sample_prompts(train, 1_000, seed=0, hi=4)[0])
+    for prompt, rows in itertools.islice((x for x in alike if len(x[1]) == 4), args.n):
+        print(f"\nprompt: {EOT}{enc.decode(prompt[1:])}")
+        rewards = {}
+        for name, i in zip("abcd", rows):
+            rest = enc.decode(train[i][len(prompt) :][:48]).replace("\n", " ")
+            rewards[name] = (float(labels[i]) if labels is not None
+                             else toy_reviews.sentiment(enc.decode(train[i][1:])))
+            print(f"  {name}, r* = {rewards[name]:.2f}: {rest}")
+        pairs = [f"{w} ≻ {l}" for w in rewards for l in rewards if rewards[w] > rewards[l]]
+        print("  pairs:", ", ".join(pairs) or "none, all equal")
+
+
+if __name__ == "__main__":
+    sys.exit(main_exit(main))
