@@ -1,0 +1,473 @@
+"""GPT-2's architecture: token ids in; hidden states, logits, per-token log-probs and samples out.
+
+Reads and writes GPT-2 checkpoints in the Hugging Face layout. Knows nothing of text, rewards or
+training; `main` alone imports data_imdb, to sample from words.
+
+    python gpt.py --checkpoint out/toy/sft --prompt "The film" -n 4
+
+B sequences, T tokens, V vocabulary, C channels, H heads, M scored tokens.
+"""
+
+import argparse
+import json
+import math
+import struct
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from runs import UserError, load_tensors, main_exit, write_whole
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50257
+    n_ctx: int = 1024  # the longest sequence that has a position embedding
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # 0 wherever log-probs are compared: DPO must start at log 2
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x, cache=None, start=0):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        if cache is not None:
+            cache[0, :, :, start : start + T] = k
+            cache[1, :, :, start : start + T] = v
+            k, v = cache[:, :, :, : start + T].to(q.dtype)
+        # SDPA aligns its causal mask to the top left, so a cached prefix allows one query at a time
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's own gelu
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. Module names are the checkpoint's own, so that a state dict needs no renaming."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, f"{config.n_embd=} must divide by {config.n_head=}"
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head: tied weights
+        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # each block adds to the residual stream twice: keep its variance flat
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("c_attn.bias") or name.endswith("c_fc.bias") or "c_proj" in name:
+                nn.init.zeros_(p)
+
+    def hidden(self, idx, cache=None, start=0):
+        """The last hidden states, after ln_f: idx (B, T) -> (B, T, C).
+
+        With `cache` (n_layer, 2, B, H, n_ctx, C/H), idx continues what the cache holds before
+        `start`: any T at start 0, one token at a time after it.
+        """
+        T = idx.size(1)
+        if start + T > self.config.n_ctx:
+            raise ValueError(f"{start + T} tokens do not fit a context of {self.config.n_ctx}")
+        x = self.wte(idx) + self.wpe.weight[start : start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache[i], start)
+        return self.ln_f(x)
+
+    def head(self, hidden):
+        """(..., C) -> logits (..., V)."""
+        return project(hidden, self.wte.weight)
+
+    def forward(self, idx):
+        """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
+        return self.head(self.hidden(idx))
+
+    def token_logps(self, idx, mask):
+        """log π(idx[b, t] | idx[b, :t]) in nats where mask (B, T) is true, 0 elsewhere: (B, T).
+
+        The head is applied only where it is asked for, and the result is float32 (float64 for a
+        float64 model) whatever the precision of the matrix products. mask[:, 0] must be false:
+        nothing predicts a first token.
+        """
+        mask, targets = mask[:, 1:], idx[:, 1:]
+        hidden = self.hidden(idx[:, :-1])[mask]  # (M, C): position t - 1 predicts token t
+        rows = max(1, LOGITS_BUDGET[idx.device.type] // (4 * self.config.vocab_size))
+        grad, pieces = torch.is_grad_enabled(), zip(hidden.split(rows), targets[mask].split(rows))
+        if grad and len(hidden) > rows:  # too much to keep: make it again in the backward pass
+            logps = [checkpoint(HeadLogps.apply, h, self.wte.weight, t, grad, use_reentrant=False)
+                     for h, t in pieces]
+        else:
+            logps = [HeadLogps.apply(h, self.wte.weight, t, grad) for h, t in pieces]
+        logps = torch.cat(logps)  # (M,)
+        out = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
+        return F.pad(out.masked_scatter(mask, logps), (1, 0))
+
+    @torch.no_grad()
+    def sample(self, prompts, max_new, eos, seed, temperature=1.0, top_k=0, top_p=1.0, rows=512,
+               progress=lambda n: None):
+        """Continue each prompt until `eos`, `max_new` tokens or the end of the context.
+
+        prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn.
+        temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing. `rows`
+        prompts run at once; `progress(n)` hears of each n completions made. Row i's token s uses
+        the uniform u[i, s], drawn up front from `seed`, so that a completion does not depend on
+        how rows are batched, and two policies meet the same luck (common random numbers).
+        Raises ValueError for a prompt that is empty or leaves no room in the context.
+        """
+        for prompt in prompts:
+            if not 0 < len(prompt) < self.config.n_ctx:
+                raise ValueError(f"a prompt of {len(prompt)} tokens; the context is "
+                                 f"{self.config.n_ctx}: give 1 to {self.config.n_ctx - 1}")
+        uniforms = torch.rand(len(prompts), max_new, generator=torch.Generator().manual_seed(seed))
+        training = self.training
+        self.eval()
+        done = []
+        for i in range(0, len(prompts), rows):
+            part = self._sample_rows(prompts[i : i + rows], uniforms[i : i + rows], eos,
+                                     temperature, top_k, top_p)
+            done += part
+            progress(len(part))
+        self.train(training)
+        return done
+
+    def _sample_rows(self, prompts, uniforms, eos, temperature, top_k, top_p):
+        """Every row starts at position 0; one still inside its prompt takes its own next token."""
+        device, config = self.wte.weight.device, self.config
+        prompt_lens = torch.tensor([len(p) for p in prompts])
+        ends = (prompt_lens + uniforms.size(1)).clamp(max=config.n_ctx)  # row b stops before ends[b]
+        tokens = torch.full((len(prompts), int(ends.max())), eos)
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        stops = ends.clone()  # one past each row's last token
+        prompt_lens, ends, tokens, stops, uniforms = (
+            x.to(device) for x in (prompt_lens, ends, tokens, stops, uniforms))
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
+            else self.wte.weight.dtype
+        cache = torch.empty(config.n_layer, 2, len(prompts), config.n_head, tokens.size(1),
+                            config.n_embd // config.n_head, dtype=dtype, device=device)
+        live = torch.arange(len(prompts), device=device)  # the rows that still run
+        alive = torch.ones_like(live, dtype=torch.bool)
+        start, t = 0, min(len(p) for p in prompts)  # the shortest prompt goes in at once
+        while t < tokens.size(1):
+            hidden = self.hidden(tokens[live, start:t], cache, start)[:, -1]
+            step = t - prompt_lens[live]
+            u = uniforms[live, step.clamp(0, uniforms.size(1) - 1)]
+            new = draw(self.head(hidden), u, temperature, top_k, top_p)
+            new = torch.where(alive & (step >= 0), new, tokens[live, t])  # inside its prompt: its own
+            tokens[live, t] = new
+            ended = alive & (step >= 0) & ((new == eos) | (t + 1 >= ends[live]))
+            stops[live] = torch.where(ended, t + 1, stops[live])
+            alive &= ~ended
+            start, t = t, t + 1
+            if t % 4 == 0:  # asking is a CPU-GPU sync; copying the cache costs about a step
+                left = int(alive.sum())
+                if left == 0:
+                    break
+                if left < 0.85 * len(live):
+                    live, cache, alive = live[alive], cache[:, :, alive], alive[alive]
+        stops, lens, tokens = stops.tolist(), prompt_lens.tolist(), tokens.tolist()
+        return [row[a:b] for row, a, b in zip(tokens, lens, stops)]
+
+    @classmethod
+    def load(cls, path: Path, dropout: float = 0.0) -> "GPT":
+        """The model of a run's model.pt. Raises UserError where the file is no such thing."""
+        saved = load_tensors(path)
+        try:
+            model = cls(GPTConfig(**saved["config"] | {"dropout": dropout}))
+            model.load_state_dict(saved["model"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise UserError(f"{path} holds no GPT of this code ({str(e).splitlines()[0]}): delete "
+                            "its folder and run the stage that makes it") from None
+        return model
+
+    def saved(self) -> dict:
+        """What `load` reads: weights and configuration."""
+        return {"config": asdict(self.config), "model": self.state_dict()}
+
+    @classmethod
+    def from_pretrained(cls, name: str, dropout: float = 0.0, cache: Path = Path("data")) -> "GPT":
+        """GPT-2's weights, from a folder in the Hugging Face layout or by name from its hub.
+
+        name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder with config.json and
+        model.safetensors or pytorch_model.bin. Raises UserError for whatever is not a GPT-2.
+        """
+        folder = download_gpt2(name, cache) if name in GPT2_NAMES else Path(name)
+        config = read_config(folder)
+        model = cls(GPTConfig(**config, dropout=dropout))
+        state = {k.removeprefix("transformer."): v for k, v in read_weights(folder).items()}
+        head = state.pop("lm_head.weight", None)
+        state = {k: v for k, v in state.items()  # older files also hold the causal mask
+                 if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        if head is not None and not torch.equal(head, state.get("wte.weight", head)):
+            raise UserError(f"{folder}: its head is not tied to its embedding; GPT-2's is")
+        with torch.no_grad():
+            for key, p in model.state_dict().items():
+                w = state.pop(key, None)
+                if w is not None and key.endswith(CONV1D):
+                    w = w.t()  # GPT-2 was trained with weights of shape (in, out)
+                if w is None or w.shape != p.shape:
+                    got = "nothing" if w is None else f"shape {tuple(w.shape)}"
+                    raise UserError(f"{folder}: {key} should have shape {tuple(p.shape)} by its "
+                                    f"config.json; the weights hold {got}")
+                p.copy_(w)
+        if state:
+            raise UserError(f"{folder}: {len(state)} weights that GPT-2 does not have, the first "
+                            f"{next(iter(state))}")
+        return model
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write config.json and model.safetensors, as AutoModelForCausalLM.from_pretrained reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        config = dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new",
+            vocab_size=c.vocab_size, n_positions=c.n_ctx, n_ctx=c.n_ctx, n_embd=c.n_embd,
+            n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5, resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True,
+            torch_dtype="float32", bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
+        header, blobs, offset = {"__metadata__": {"format": "pt"}}, [], 0
+        for key, p in self.state_dict().items():
+            p = p.detach().float().cpu()
+            blob = (p.t() if key.endswith(CONV1D) else p).contiguous()
+            header["transformer." + key] = dict(
+                dtype="F32", shape=list(blob.shape), data_offsets=[offset, offset + 4 * p.numel()])
+            blobs.append(blob)
+            offset += 4 * p.numel()
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)  # tensors start on 8 bytes
+
+        def write(file):
+            file.write(struct.pack("<Q", len(head)) + head)
+            for blob in blobs:
+                file.write(blob.numpy().tobytes())
+
+        write_whole(folder / "model.safetensors", write)
+        write_whole(folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+
+
+def project(h, w):
+    """h Wᵀ: h (..., C), W (V, C) -> (..., V)."""
+    if h.is_cuda or len(w) < 2**14:
+        return F.linear(h, w)
+    # at V = 50257 a CPU writes the product's long rows slowly: pieces and a copy take a sixth less
+    return torch.cat([F.linear(h, piece) for piece in w.split(4096)], -1)
+
+
+LOGITS_BUDGET = {"cpu": 2**31, "cuda": 2**33}  # bytes in float32 that may be kept for backward
+BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # at work at once: a CPU's allocator is slow with more
+
+
+class HeadLogps(torch.autograd.Function):
+    """log softmax(h Wᵀ)[target], reduced in float32: h (M, C), W (V, C), targets (M,) -> (M,).
+
+    What -F.cross_entropy(h Wᵀ, targets) computes, keeping one (M, V) tensor in place of several:
+    softmax - onehot, which is -d log p / d logits, so that backward is two matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, h, w, targets, grad):
+        if torch.is_autocast_enabled(h.device.type):
+            dtype = torch.get_autocast_dtype(h.device.type)
+            h, w = h.to(dtype), w.to(dtype)
+        full = torch.promote_types(h.dtype, torch.float32)
+        logps = torch.empty(len(h), dtype=full, device=h.device)
+        slopes = h.new_empty(len(h) if grad else 0, len(w))
+        rows = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w)))
+        for i in range(0, len(h), rows):
+            part = slice(i, i + rows)
+            logits, target = project(h[part], w), targets[part, None]
+            logp = logits.log_softmax(-1, dtype=full).gather(-1, target)
+            logps[part] = logp[:, 0]
+            if grad:
+                torch.softmax(logits, -1, out=slopes[part])
+                slopes[part].scatter_(-1, target, logp.expm1().to(h.dtype))  # p - 1
+        ctx.save_for_backward(h, w, slopes)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, w, slopes = ctx.saved_tensors
+        scale = -grad[:, None].to(h.dtype)
+        return (slopes @ w) * scale, slopes.t() @ (h * scale), None, None
+
+
+def pad_rows(prompts, completions, fill=0):
+    """Token lists to idx (B, T), prompt_lens (B,) and lengths (B,), which count both parts."""
+    rows = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
+    idx = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(row) for row in rows])
+    return idx, torch.tensor([len(p) for p in prompts]), lengths
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """One token a row by inverse CDF: logits (B, V), uniforms u (B,) in [0, 1) -> (B,).
+
+    The first token whose cumulative probability exceeds u: one pass, where torch.multinomial
+    draws V exponentials a row.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits / temperature if temperature != 1 else logits
+    if 0 < top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        out = probs.cumsum(-1) - probs >= top_p  # the mass before a token: the first always stays
+        logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+    probs = logits.softmax(-1)
+    # A cumulative sum over V is slow: first over blocks, then within the block that was hit.
+    blocks = F.pad(probs, (0, -probs.size(-1) % 256)).unflatten(-1, (-1, 256))  # (B, V / 256, 256)
+    block, u = search(blocks.sum(-1), u[:, None])
+    inside, _ = search(blocks[torch.arange(len(u)), block[:, 0]], u)
+    return (256 * block + inside)[:, 0]
+
+
+def search(weights, x):
+    """The first index whose cumulative weight exceeds x, and what of x is left there: (B, 1) each."""
+    cdf = weights.cumsum(-1)
+    total = cdf[:, -1:]
+    x = torch.minimum(x, total.nextafter(torch.zeros_like(total)))  # rounding could lead past the end
+    at = torch.searchsorted(cdf, x, right=True)
+    return at, x - F.pad(cdf, (1, 0)).gather(-1, at)
+
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
+
+
+def download_gpt2(name: str, cache: Path) -> Path:
+    """config.json and model.safetensors of `name` under cache/name, fetched once."""
+    folder = cache / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).exists():
+            url = GPT2_URL.format(name=name, file=file)
+            try:
+                torch.hub.download_url_to_file(url, str(folder / file))
+            except OSError as e:
+                raise UserError(f"could not download {url} ({e}): put config.json and "
+                                f"model.safetensors of {name} into {folder}") from None
+    return folder
+
+
+def read_config(folder: Path) -> dict:
+    """GPTConfig's fields from a Hugging Face config.json. Raises UserError for another model."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        config = dict(vocab_size=raw["vocab_size"], n_ctx=raw["n_positions"], n_embd=raw["n_embd"],
+                      n_layer=raw["n_layer"], n_head=raw["n_head"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give one "
+                        f"of {', '.join(GPT2_NAMES)} or a folder with one") from None
+    wanted = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                  n_inner=None, scale_attn_weights=True, tie_word_embeddings=True,
+                  scale_attn_by_inverse_layer_idx=False)
+    for key, value in wanted.items():
+        if raw.get(key, value) not in (value, 4 * raw["n_embd"] if key == "n_inner" else value):
+            raise UserError(f"{folder}/config.json: {key} is {raw[key]!r}; GPT-2's is {value!r}")
+    return config
+
+
+def read_weights(folder: Path) -> dict:
+    """The tensors of model.safetensors (8-byte length, JSON, raw bytes) or pytorch_model.bin."""
+    path = folder / "model.safetensors"
+    if not path.exists():
+        if not (folder / "pytorch_model.bin").exists():
+            raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        return load_tensors(folder / "pytorch_model.bin")
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "BOOL": torch.bool, "U8": torch.uint8}
+    raw = bytearray(path.read_bytes())
+    try:
+        length = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + length])
+        header.pop("__metadata__", None)
+        data, tensors = memoryview(raw)[8 + length :], {}
+        for key, item in header.items():
+            a, b = item["data_offsets"]
+            if b > len(data):
+                raise ValueError(f"{key} ends past the file")
+            dtype = dtypes[item["dtype"]]
+            tensors[key] = torch.frombuffer(data[a:b], dtype=dtype).view(item["shape"])
+    except (ValueError, KeyError, struct.error, RuntimeError) as e:
+        raise UserError(f"{path} is truncated or no safetensors file ({e}): fetch it again") from None
+    return tensors
+
+
+def main(argv=None):
+    import data_imdb
+
+    parser = argparse.ArgumentParser(description="Sample from a checkpoint.")
+    parser.add_argument("--checkpoint", default="out/toy/sft", metavar="RUN",
+                        help="a run's folder, a Hugging Face folder, or gpt2[-medium|-large|-xl]")
+    parser.add_argument("--prompt", default="The", help="the text to continue")
+    parser.add_argument("-n", type=int, default=4, help="how many samples")
+    parser.add_argument("--max-new", type=int, default=64, help="tokens at most")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    run = Path(args.checkpoint)
+    if (run / "model.pt").exists():
+        model, enc = GPT.load(run / "model.pt"), data_imdb.load_encoding(run / "bpe.tiktoken")
+    elif args.checkpoint in GPT2_NAMES or (run / "config.json").exists():
+        model, enc = GPT.from_pretrained(args.checkpoint), data_imdb.gpt2_encoding()
+    else:
+        raise UserError(f"{run} holds no model: first run  python train.py --stage sft")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    prompt = [enc.eot_token] + enc.encode_ordinary(args.prompt)
+    if len(prompt) >= model.config.n_ctx:
+        raise UserError(f"the prompt has {len(prompt)} tokens; the model's context is "
+                        f"{model.config.n_ctx}: shorten it")
+    for ids in model.sample([prompt] * args.n, args.max_new, enc.eot_token, args.seed,
+                            args.temperature, args.top_k, args.top_p):
+        text = enc.decode([i for i in ids if i != enc.eot_token])
+        print(f"{args.prompt}|{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main_exit(main))
