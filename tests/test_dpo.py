@@ -1,0 +1,705 @@
+"""Laws of dpo.py, named after the paper: `pytest -k eq07` is "show me Eq. 7 working".
+
+Oracles are loops over single pairs, torch's autograd and enumeration. The network is a GPT of a
+few thousand parameters in float64, untrained but with weights large enough to have opinions.
+"""
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import derivations
+import dpo
+from gpt import GPT, GPTConfig, pad_rows
+from runs import UserError, main_exit
+
+ROOT = Path(dpo.__file__).parent
+SOURCE = Path(dpo.__file__).read_text(encoding="utf-8")
+EQUATIONS = dict(re.findall(  # "Eq. 7" -> "dpo_loss", from the contents in the file's docstring
+    r"(Eq\. \d+|Definition 1|Lemma [12]|Theorem 1|Proposition 1|A\.3|C\.3|Preferred-FT)\s+(\w+)",
+    dpo.__doc__)) | {"Section 4": "dpo_gradient"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device"))]
+EOS, K, G, BETA = 0, 3, 2, 0.3
+
+
+def near(a, b, message, tolerance=1e-12):
+    worst = float((torch.as_tensor(a) - b).detach().abs().max())
+    assert worst <= tolerance, f"{message} (off by {worst:.2e})"
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def small_gpt(seed):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=23, n_ctx=12, n_layer=2, n_head=2, n_embd=16)).double()
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+class Batch:
+    """G groups of K completions of unequal lengths, their rewards and pairs, and two models."""
+
+    def __init__(self):
+        rng = torch.Generator().manual_seed(0)
+        tokens = [torch.randint(1, 23, (n,), generator=rng).tolist() for n in (2, 4, 3, 6, 1, 5)]
+        self.prompts = [p for p in ([EOS, 5], [EOS, 7, 8]) for _ in range(K)]
+        self.rows = pad_rows(self.prompts, [t + [EOS] for t in tokens], fill=EOS)
+        self.rewards = draw(G, K)
+        self.yw, self.yl, _ = dpo.preference_pairs(self.rewards)
+        self.policy = small_gpt(0)
+        with torch.no_grad():
+            self.ref = self.score(small_gpt(1))
+
+    def score(self, model):
+        idx, prompt_lens, lengths = self.rows
+        mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
+        return dpo.completion_logps(model.token_logps(idx, mask), prompt_lens, lengths)
+
+    def gradient(self, loss, model=None):
+        """One flat gradient of loss(log-probs)."""
+        model = model or self.policy
+        parts = torch.autograd.grad(loss(self.score(model)), list(model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return Batch()
+
+
+@pytest.fixture
+def world():
+    return derivations.World()
+
+
+# --- Notation: log π(y|x), pairs, KL ---
+
+def test_notation_log_pi_is_the_sum_over_completion_tokens_eos_included(batch):
+    idx, prompt_lens, lengths = batch.rows
+    table = batch.policy(idx).log_softmax(-1)
+    for b, got in enumerate(batch.score(batch.policy)):
+        want = sum(table[b, t - 1, idx[b, t]] for t in range(prompt_lens[b], lengths[b]))
+        near(got, want, f"row {b}: sum over y, the prompt left out, the last EOS in")
+    mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
+    assert mask.sum(1).tolist() == (lengths - prompt_lens).tolist(), "one true a token of y"
+    assert not mask[:, 0].any(), "nothing predicts a first token"
+
+
+def test_notation_log_pi_does_not_see_prompt_padding_or_what_follows_eos():
+    logps, lens, lengths = draw(2, 6), torch.tensor([2, 1]), torch.tensor([4, 6])
+    want = dpo.completion_logps(logps, lens, lengths)
+    spoiled = logps.clone()
+    spoiled[0, :2], spoiled[0, 4:], spoiled[1, 0] = math.nan, -math.inf, 9.0
+    near(dpo.completion_logps(spoiled, lens, lengths), want, "only tokens of y may count", 0)
+    wider = F.pad(logps, (0, 5), value=math.nan)
+    near(dpo.completion_logps(wider, lens, lengths), want, "more padding, same log π", 0)
+
+
+def test_notation_log_pi_is_added_up_in_float32():
+    logps = torch.full((1, 1025), -1.0, dtype=torch.bfloat16)
+    got = dpo.completion_logps(logps, torch.tensor([1]), torch.tensor([1025]))
+    assert got.dtype == torch.float32 and got.item() == -1024, "bfloat16 cannot count to 1024"
+    assert dpo.completion_logps(draw(1, 3), *torch.tensor([[1], [3]])).dtype == torch.float64
+
+
+def test_notation_pairs_are_all_and_only_the_ordered_pairs_of_each_group():
+    rewards = torch.tensor([[0.3, 0.1, 0.3, 0.9], [1.0, 1.0, 1.0, 1.0], [0.0, 0.4, 0.2, 0.1]])
+    yw, yl, ties = dpo.preference_pairs(rewards)
+    want = {(4 * g + i, 4 * g + j) for g in range(3) for i in range(4) for j in range(4)
+            if rewards[g, i] > rewards[g, j]}
+    got = list(zip(yw.tolist(), yl.tolist()))
+    assert set(got) == want and len(got) == len(want), "every ordered pair once, the winner first"
+    assert ties == 1 + 6, "a tie has no winner: dropped and counted"
+    assert (yw // 4 == yl // 4).all(), "a pair never crosses groups: its prompts would differ"
+    rescaled = dpo.preference_pairs(rewards.exp() * 5)
+    assert torch.equal(rescaled[0], yw), "labels depend on the order of rewards alone"
+
+
+def test_notation_pairs_refuse_one_completion_and_rewards_without_an_order():
+    with pytest.raises(UserError, match="K = 1"):
+        dpo.preference_pairs(torch.zeros(3, 1))
+    with pytest.raises(UserError, match="not finite"):
+        dpo.preference_pairs(torch.tensor([[0.0, math.nan]]))
+
+
+def test_notation_kl_is_zero_at_itself_positive_elsewhere_and_knows_zeros():
+    p, q = draw(5, 7).log_softmax(-1), draw(5, 7, seed=1).log_softmax(-1)
+    near(dpo.kl_divergence(p, p), 0.0, "KL(p ‖ p) is 0")
+    assert (dpo.kl_divergence(p, q) > 0).all(), "KL is positive between different p and q"
+    near(dpo.kl_divergence(p, q), torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x) for x in (p, q))), "torch.distributions agrees")
+    near(dpo.kl_divergence(p.T, q.T, dim=0), dpo.kl_divergence(p, q), "dim names the axis")
+    point = torch.tensor([0.0, -math.inf], dtype=torch.float64, requires_grad=True)
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    kl = dpo.kl_divergence(point, half)
+    near(kl, math.log(2), "0 log 0 is 0")
+    assert torch.autograd.grad(kl, point)[0].isfinite().all(), "and its gradient is no NaN"
+    assert dpo.kl_divergence(half, point) == math.inf, "no mass where p has some: infinite"
+
+
+# --- Section 3 ---
+
+def test_eq01_is_a_probability_and_its_complement_is_the_swapped_pair():
+    r1, r2 = 5 * draw(99), 5 * draw(99, seed=1)
+    p = dpo.preference_probability(r1, r2)
+    near(p + dpo.preference_probability(r2, r1), 1.0, "p(y₁ ≻ y₂) + p(y₂ ≻ y₁) = 1")
+    near(p, r1.exp() / (r1.exp() + r2.exp()), "Eq. 1 as the paper writes it")
+    assert ((r1 > r2) == (p > 0.5)).all(), "the larger reward is preferred"
+    far = dpo.preference_probability(torch.tensor([1e4, -1e4]), torch.tensor([-1e4, 1e4]))
+    assert far.tolist() == [1.0, 0.0], "float32 rewards of 1e4 do not overflow"
+
+
+def test_eq02_is_the_cross_entropy_of_eq01_and_blind_to_a_constant(batch):
+    r = draw(G * K)
+    losses = dpo.reward_model_loss(r, batch.yw, batch.yl)
+    want = -dpo.preference_probability(r[batch.yw], r[batch.yl]).log()
+    near(losses, want, "Eq. 2 is -log of Eq. 1")
+    near(losses, dpo.reward_model_loss(r + 7, batch.yw, batch.yl), "r + f(x) has the same loss")
+    far = dpo.reward_model_loss(torch.tensor([-1e4, 1e4]), torch.tensor([0]), torch.tensor([1]))
+    assert far.item() == 2e4, "log(σ) would be -inf here; logsigmoid is not"
+
+
+def test_eq03_of_every_policy_is_below_its_value_at_pi_r(world):
+    best = dpo.optimal_policy(world.ref, world.r, BETA)
+    top = dpo.objective(best, world.ref, world.r, BETA)
+    near(top, BETA * dpo.log_partition(world.ref, world.r, BETA), "A.1: the optimum is β log Z")
+    for scale in (1e-3, 0.1, 3.0):  # neighbours and strangers
+        pi = (best + scale * world.draw(200, *world.r.shape)).log_softmax(-1)
+        assert (dpo.objective(pi, world.ref, world.r, BETA) < top).all(), "a policy beat π_r"
+    near(dpo.objective(world.ref, world.ref, world.r, BETA),
+         (world.ref.exp() * world.r).sum(-1), "at π_ref there is no KL to pay")
+
+
+def test_eq04_goes_from_the_reference_to_the_best_answer_as_beta_falls(world):
+    def pi(beta):
+        return dpo.optimal_policy(world.ref, world.r, beta)
+    near(pi(BETA).exp().sum(-1), 1.0, "π_r sums to 1")
+    near(pi(1e9), world.ref, "β → ∞: π_ref", 1e-8)
+    assert torch.equal(pi(1e-3).argmax(-1), world.r.argmax(-1)), "β → 0: all mass on the best y"
+    near(pi(1e-3).exp().amax(-1), 1.0, "β → 0: all mass on one y", 1e-3)
+    kls = [float(dpo.kl_divergence(pi(b), world.ref).mean()) for b in (0.05, 0.1, 1, 5)]
+    assert kls == sorted(kls, reverse=True), f"a larger β ends closer to π_ref, got KL {kls}"
+    assert dpo.optimal_policy(world.ref.float(), 1e4 * world.r.float(), 0.1).exp().isfinite().all()
+
+
+def test_eq05_gives_back_the_reward_that_made_pi_r(world):
+    log_z = dpo.log_partition(world.ref, world.r, BETA)[:, None]
+    best = dpo.optimal_policy(world.ref, world.r, BETA)
+    near(dpo.implicit_reward(best, world.ref, BETA, log_z), world.r, "Eq. 5 inverts Eq. 4")
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
+def test_eq05_refuses_a_beta_that_is_not_positive(batch, beta):
+    for loss in (lambda: dpo.implicit_reward(batch.ref, batch.ref, beta),
+                 lambda: dpo.dpo_loss(batch.ref, batch.ref, batch.yw, batch.yl, beta),
+                 lambda: dpo.plackett_luce_loss(batch.ref, batch.ref, batch.rewards, beta)):
+        with pytest.raises(UserError, match="beta must be positive, got"):
+            loss()
+
+
+def test_eq05_refuses_log_probs_of_other_completions(batch):
+    with pytest.raises(UserError, match=r"\(6,\) under π and of \(5,\) under π_ref"):
+        dpo.dpo_loss(batch.ref, batch.ref[:5], batch.yw, batch.yl, BETA)
+
+
+def test_eq06_at_pi_r_is_eq01_whatever_z(world):
+    best = dpo.optimal_policy(world.ref, world.r, BETA) + 3.0  # times e³: Z(x) cancels
+    got = dpo.policy_preference(best.flatten(), world.ref.flatten(), world.i, world.j, BETA)
+    near(got, world.p, "Eq. 6 at π_r is Eq. 1 at r*")
+    h = (best - world.ref).flatten()
+    written = 1 / (1 + (BETA * h[world.j] - BETA * h[world.i]).exp())
+    near(got, written, "Eq. 6 as the paper writes it")
+
+
+# --- Eq. 7 ---
+
+@pytest.mark.parametrize("beta", [0.05, 0.5, 5.0])
+def test_eq07_starts_at_log2(batch, beta):
+    losses, rewards = dpo.dpo_loss(batch.ref, batch.ref, batch.yw, batch.yl, beta)
+    near(losses, math.log(2), "π_θ = π_ref must cost log 2 on every pair: is π_ref in the loss?")
+    near(rewards, 0.0, "and every r̂ is 0")
+
+
+def test_eq07_in_index_form_equals_a_loop_over_pairs(batch):
+    pi = batch.score(batch.policy).detach()
+    losses, rewards = dpo.dpo_loss(pi, batch.ref, batch.yw, batch.yl, BETA)
+    assert len(losses) == len(batch.yw) == 6 and rewards.shape == pi.shape, "(N,) and (B,)"
+    for n, (w, l) in enumerate(zip(batch.yw.tolist(), batch.yl.tolist())):
+        m = BETA * (pi[w] - batch.ref[w]) - BETA * (pi[l] - batch.ref[l])
+        near(losses[n], -math.log(1 / (1 + math.exp(-m))), f"pair {n}")
+    near(rewards, BETA * (pi - batch.ref), "the rewards are r̂, β included")
+    near(losses, dpo.reward_model_loss(rewards, batch.yw, batch.yl), "secretly Eq. 2")
+    near(losses, -dpo.policy_preference(pi, batch.ref, batch.yw, batch.yl, BETA).log(),
+         "-log of Eq. 6")
+
+
+def test_eq07_gradient_pushes_the_winner_up_and_stops_at_the_rewards(batch):
+    pi = batch.ref.clone().requires_grad_()
+    losses, rewards = dpo.dpo_loss(pi, batch.ref, batch.yw[:1], batch.yl[:1], BETA)
+    assert not rewards.requires_grad, "Appendix B detaches the rewards"
+    grad, = torch.autograd.grad(losses.sum(), pi)
+    near(grad[batch.yw[0]], -BETA / 2, "at the start dL/d log π(y_w) = -β/2")
+    near(grad[batch.yl[0]], BETA / 2, "at the start dL/d log π(y_l) = +β/2")
+    assert grad.count_nonzero() == 2, "a completion outside the pair has no part in it"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eq07_and_every_other_loss_stay_finite_at_extreme_log_probs(device, dtype):
+    pi = torch.tensor([-1e4, -1.0, 0.0, -1e4], dtype=dtype, device=device, requires_grad=True)
+    ref = torch.tensor([-1.0, -1e4, -1e4, 0.0], dtype=dtype, device=device)
+    rewards = torch.tensor([[2.0, 1.0], [4.0, 3.0]], device=device)
+    yw, yl, _ = dpo.preference_pairs(rewards)
+    losses = {name: dpo.weighted_loss(pi, ref, yw, yl, 0.1, weight)[0]
+              for name, weight in dpo.WEIGHTS.items()}
+    losses["Plackett-Luce"] = dpo.plackett_luce_loss(pi, ref, rewards, 0.1)[0]
+    losses["C.3"] = dpo.unlikelihood_loss(pi, yw, yl, 0.5)
+    losses["Preferred-FT"] = dpo.preferred_ft_loss(pi, yw)
+    for name, loss in losses.items():
+        grad, = torch.autograd.grad(loss.sum(), pi)
+        assert loss.isfinite().all() and grad.isfinite().all(), f"{name}: {loss}, gradient {grad}"
+        assert loss.dtype == dtype and loss.device == pi.device, f"{name} left its dtype or device"
+
+
+def test_eq07_without_pairs_is_an_error_with_a_sentence_not_nan(batch):
+    none = torch.empty(0, dtype=torch.long)
+    for loss in (lambda: dpo.dpo_loss(batch.ref, batch.ref, none, none, BETA),
+                 lambda: dpo.dpo_loss(batch.ref, batch.ref, batch.yw, batch.yl[:2], BETA),
+                 lambda: dpo.reward_model_loss(batch.ref, none, none),
+                 lambda: dpo.weighted_loss(batch.ref, batch.ref, none, none, BETA, torch.sigmoid),
+                 lambda: dpo.unlikelihood_loss(batch.ref, none, none, 1.0),
+                 lambda: dpo.preferred_ft_loss(batch.ref, none)):
+        with pytest.raises(UserError, match="wanted one pair or more"):
+            loss()
+
+
+def test_eq07_with_soft_labels_is_the_mean_over_labels(batch):
+    pi = batch.score(batch.policy).detach().requires_grad_()
+    args = pi, batch.ref, batch.yw, batch.yl
+    hard, _ = dpo.dpo_loss(*args, BETA)
+    near(dpo.soft_dpo_loss(*args, 1.0, BETA)[0], hard, "p = 1 is Eq. 7")
+    back, _ = dpo.soft_dpo_loss(pi, batch.ref, batch.yl, batch.yw, 0.0, BETA)
+    near(back, hard, "p(y₁ ≻ y₂) = 0 is Eq. 7 on the swapped pair")
+    soft, _ = dpo.soft_dpo_loss(*args, 1 - dpo.CDPO_EPS, BETA)
+    cdpo, _ = dpo.weighted_loss(*args, BETA, dpo.WEIGHTS["cdpo"])
+    near(soft, cdpo, "cDPO is Eq. 7 with labels flipped at the rate ε")
+    near(*(torch.autograd.grad(x.sum(), pi)[0] for x in (soft, cdpo)), "and so is its gradient")
+
+
+def test_eq07_on_population_preferences_is_minimal_at_pi_r_and_on_hard_labels_nowhere(world):
+    mass = world.draw(len(world.p)).abs() + 0.1  # any, if every pair has some
+    found = world.solve(0.3, world.p, mass / mass.sum())
+    kl = dpo.kl_divergence(dpo.optimal_policy(world.ref, world.r, 0.3), found)
+    near(kl, 0.0, "the minimum of Eq. 7 is Eq. 4's π_r", 1e-10)
+    theta = dpo.optimal_policy(world.ref, world.r, 0.3).requires_grad_()
+    loss, _ = dpo.soft_dpo_loss(theta.log_softmax(-1).flatten(), world.ref.flatten(), world.i,
+                                world.j, (world.p > 0.5).double(), 0.3)
+    slope = (torch.autograd.grad(loss.mean(), theta)[0] * world.r).sum()
+    assert slope < 0, "with labels free of noise π_r is no minimum: going further along r pays"
+
+
+# --- Section 4: the gradient and its weight ---
+
+@pytest.mark.parametrize("name", dpo.WEIGHTS)
+def test_sec4_gradient_of_the_surrogate_is_autograd_of_the_closed_form_on_a_gpt(batch, name):
+    weight, seen = dpo.WEIGHTS[name], {}
+
+    def surrogate(pi):
+        losses, rewards = dpo.weighted_loss(pi, batch.ref, batch.yw, batch.yl, BETA, weight)
+        seen["value"] = losses.detach()
+        assert not rewards.requires_grad
+        return losses.mean()
+
+    def closed(pi):
+        r = BETA * (pi - batch.ref)
+        losses = weight.f(r[batch.yw] - r[batch.yl], BETA)
+        seen["f(m)"] = losses.detach()
+        return losses.mean()
+
+    by_weight, by_autograd = batch.gradient(surrogate), batch.gradient(closed)
+    assert by_autograd.norm() > 1e-3, "a gradient of zero would show nothing"
+    near(by_weight, by_autograd, f"{name}: the surrogate's gradient is that of f(m)", 1e-6)
+    near(seen["value"], seen["f(m)"], f"{name}: the value is f(m), not the surrogate's")
+
+
+def test_sec4_ipo_is_the_squared_loss_of_its_paper(batch):
+    pi = batch.score(batch.policy).detach()
+    h = pi - batch.ref
+    want = (h[batch.yw] - h[batch.yl] - 1 / (2 * BETA)) ** 2
+    losses, _ = dpo.weighted_loss(pi, batch.ref, batch.yw, batch.yl, BETA, dpo.WEIGHTS["ipo"])
+    near(losses, want, "IPO is (h_w - h_l - 1/(2β))²")
+
+
+def test_sec4_weights_at_a_tie_and_far_from_it():
+    m = torch.tensor([-1e3, 0.0, 1e3], dtype=torch.float64)
+    want = {"sigmoid": [1, 0.5, 0], "constant": [1, 1, 1], "hinge": [1, 1, 0],
+            "indicator": [1, 1, 0], "cdpo": [0.9, 0.4, -0.1], "ipo": [200100, 100, -199900],
+            "exponential": [math.exp(30), 1, 0]}
+    assert want.keys() == dpo.WEIGHTS.keys()
+    for name, values in want.items():
+        got = dpo.WEIGHTS[name](m, 0.1).tolist()
+        assert got == pytest.approx(values), f"{name} at m = {m.tolist()}: {got}"
+
+
+def test_sec4_gradient_by_hand_is_autograd_of_eq07(batch):
+    pi = batch.score(batch.policy).detach().requires_grad_()
+    losses, rewards = dpo.dpo_loss(pi, batch.ref, batch.yw, batch.yl, BETA)
+    w = torch.sigmoid(rewards[batch.yl] - rewards[batch.yw])
+    by_hand = dpo.dpo_gradient(w, batch.yw, batch.yl, BETA, len(pi))
+    near(by_hand, torch.autograd.grad(losses.mean(), pi)[0], "c_b is dL/d log π(y_b)")
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "cdpo"])
+def test_sec4_inspection_of_a_gpt_is_autograd_s_for_the_batch_and_for_each_pair(
+        batch, name, monkeypatch):
+    params, weight, calls = list(batch.policy.parameters()), dpo.WEIGHTS[name], []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
+    logps = [batch.score(batch.policy)[b] for b in range(G * K)]  # a graph of its own for each
+    table, mean = dpo.inspect_pairs(logps, batch.ref, batch.yw, batch.yl, BETA, params, weight)
+    assert len(calls) == G * K, "one backward a distinct completion, reused by its pairs"
+    assert [g.shape for g in mean] == [p.shape for p in params]
+
+    def loss(n):
+        return lambda pi: dpo.weighted_loss(pi, batch.ref, batch.yw[n], batch.yl[n], BETA,
+                                            weight)[0].mean()
+    near(torch.cat([g.flatten() for g in mean]), batch.gradient(loss(slice(None))),
+         "the mean gradient by hand is autograd's")
+    for n, (w, l) in enumerate(zip(batch.yw, batch.yl)):
+        up, down = (batch.gradient(lambda pi: pi[i]) for i in (w, l))
+        near(table["norm_w"][n], up.norm(), "‖∇log π(y_w)‖")
+        near(table["norm_l"][n], down.norm(), "‖∇log π(y_l)‖")
+        near(table["cosine"][n], F.cosine_similarity(up, down, 0), "their cosine")
+        near(table["update"][n], batch.gradient(loss(slice(n, n + 1))).norm(),
+             "the weighted update is the gradient of the pair's own loss")
+    near(table["margin"], table["reward_w"] - table["reward_l"], "m = r̂_w - r̂_l")
+    near(table["weight"], weight(table["margin"], BETA), "w(m)")
+
+
+def test_sec4_inspection_takes_one_graph_and_pairs_in_any_order(batch):
+    theta = draw(G * K).requires_grad_()
+    unused = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    pi, shuffle = theta.log_softmax(-1), torch.tensor([3, 0, 5, 1, 4, 2])
+    table, mean = dpo.inspect_pairs(pi, batch.ref, batch.yw, batch.yl, BETA, [theta, unused])
+    shuffled, again = dpo.inspect_pairs(pi, batch.ref, batch.yw[shuffle], batch.yl[shuffle], BETA,
+                                        [theta, unused])
+    for name in table:
+        near(table[name][shuffle], shuffled[name], f"{name} follows its pair")
+    near(mean[0], again[0], "the mean does not depend on the order")
+    losses, _ = dpo.dpo_loss(pi, batch.ref, batch.yw, batch.yl, BETA)
+    auto, = torch.autograd.grad(losses.mean(), theta)
+    near(mean[0], auto, "and is autograd's")
+    near(mean[1], 0.0, "a parameter without a part in it has gradient 0")
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3], ids=["clip never", "clip always"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
+def test_sec4_scale_trap_a_constant_weight_has_no_scale_under_adam(batch, optimizer, clip):
+    def train(name, beta):
+        model = small_gpt(0)
+        start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        # eps above the rounding noise in gradients that are 0 (key biases), far below the others
+        steps = optimizer(model.parameters(), lr=1e-3, eps=1e-11)
+        for _ in range(8):
+            steps.zero_grad()
+            losses, _ = dpo.weighted_loss(batch.score(model), batch.ref, batch.yw, batch.yl, beta,
+                                          dpo.WEIGHTS[name])
+            losses.mean().backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            steps.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - start
+
+    one, tenth = train("constant", 1.0), train("constant", 0.1)
+    assert (one - tenth).norm() < 1e-3 * one.norm(), "constant weight: β must not matter"
+    one, tenth = train("sigmoid", 1.0), train("sigmoid", 0.1)
+    assert (one - tenth).norm() > 1e-2 * one.norm(), "DPO: β must matter, by way of the margins"
+
+
+# --- Section 4: a user's weight ---
+
+@pytest.fixture
+def user(tmp_path):
+    def write(code, name="mine"):
+        (tmp_path / "weights.py").write_text(code)
+        return dpo.load_weight(f"{tmp_path / 'weights.py'}:{name}")
+    return write
+
+
+def test_sec4_user_weight_has_its_gradient_and_its_integral(batch, user):
+    mine = user("import torch\n\ndef mine(margin, beta):\n    return torch.sigmoid(-margin)\n")
+    pi = batch.score(batch.policy).detach().requires_grad_()
+    args = pi, batch.ref, batch.yw, batch.yl, BETA
+    losses, _ = dpo.weighted_loss(*args, mine)
+    eq7, _ = dpo.dpo_loss(*args)
+    near(losses, eq7 - math.log(2), "f(m) = -∫₀ᵐ w is Eq. 7 but for its value at 0", 1e-3)
+    near(*(torch.autograd.grad(x.sum(), pi)[0] for x in (losses, eq7)), "w = σ(-m) is DPO")
+    assert dpo.load_weight("sigmoid") is dpo.WEIGHTS["sigmoid"]
+    flags = user("def mine(margin, beta):\n    return margin < beta\n")(torch.zeros(2), 0.1)
+    assert flags.tolist() == [1, 1] and flags.dtype == torch.float32, "a bool is a weight of 0 or 1"
+
+
+@pytest.mark.parametrize("body, message", [
+    ("1.0", r"margin's shape \(3,\), got float"),
+    ("margin.mean()", r"margin's shape \(3,\), got \(\)"),
+    ("margin[:, None]", r"margin's shape \(3,\), got \(3, 1\)"),
+    ("None", r"got NoneType"),
+    ("(margin - 1).log()", r"got nan at margin -2"),
+    ("1 / margin", r"got inf at margin 0"),
+])
+def test_sec4_user_weight_that_is_wrong_is_named_with_its_file_and_line(
+        user, tmp_path, body, message):
+    mine = user(f"'''Weights.'''\n\n\ndef mine(margin, beta):\n    return {body}\n")
+    with pytest.raises(UserError, match=message) as error:
+        mine(torch.tensor([-2.0, 0.0, 3.0]), 0.1)
+    assert str(error.value).startswith(f"{tmp_path / 'weights.py'}:4 (mine)"), error.value
+
+
+@pytest.mark.parametrize("code, message", [
+    ("def yours(margin, beta): pass", "defines no function 'mine'"),
+    ("mine = 3", "defines no function 'mine'"),
+    ("def mine(margin): return margin", r"weights.py:1 \(mine\) must take \(margin, beta\)"),
+    ("def mine(:", "cannot import .*SyntaxError"),
+    ("import no_such_thing", "cannot import .*no_such_thing"),
+])
+def test_sec4_user_weight_that_cannot_be_loaded_says_why(user, code, message):
+    with pytest.raises(UserError, match=message):
+        user(code)
+
+
+def test_sec4_unknown_weight_lists_the_known_ones(tmp_path):
+    for spec in ("sigmoidal", "", "weights.py", "sigmoid:"):
+        with pytest.raises(UserError, match="unknown weight") as error:
+            dpo.load_weight(spec)
+        assert all(name in str(error.value) for name in (*dpo.WEIGHTS, "path/to/file.py:function"))
+    with pytest.raises(UserError, match="cannot import .*No such file"):
+        dpo.load_weight(f"{tmp_path / 'gone.py'}:mine")
+
+
+# --- Section 5: classes of rewards ---
+
+def test_def1_gap_is_zero_for_a_shift_by_prompt_and_for_nothing_else(world):
+    f = world.draw(3, 1)
+    near(dpo.class_gap(world.r, world.r + f), 0.0, "r + f(x) is equivalent to r")
+    assert (dpo.class_gap(world.r, 2 * world.r) > 0.1).all(), "2 r is not"
+    one = world.r.clone()
+    one[0, 0] += 0.5
+    near(dpo.class_gap(world.r, one), torch.tensor([0.5, 0, 0]), "one y, one prompt")
+
+
+def test_lemma1_equivalent_rewards_prefer_alike_and_others_do_not(world):
+    f = world.draw(3, 1)
+    near(dpo.preference_gap(world.r, world.r + f), 0.0, "same class, same preferences")
+    assert (dpo.preference_gap(world.r, 2 * world.r) > 1e-2).all(), "another class, others"
+
+
+def test_lemma2_equivalent_rewards_have_one_optimum_and_others_do_not(world):
+    f = world.draw(3, 1)
+    near(dpo.optimum_gap(world.ref, world.r, world.r + f, BETA), 0.0, "same class, same optimum")
+    assert (dpo.optimum_gap(world.ref, world.r, 2 * world.r, BETA) > 1e-2).all()
+
+
+def test_theorem1_every_class_has_a_member_that_is_a_policy_s(world):
+    for scale in (0.1, 1.0, 10.0):
+        member = dpo.class_member(world.ref, scale * world.r, BETA)
+        near(dpo.class_gap(member, scale * world.r), 0.0, "the member is in the class", 1e-11)
+        policy = world.ref + member / BETA
+        near(policy.exp().sum(-1), 1.0, "and β log π/π_ref of a π that sums to 1")
+
+
+def test_eq08_projects_once_and_stays_in_the_class(world):
+    once = dpo.project_reward(world.ref, world.r, BETA)
+    near(dpo.class_gap(once, world.r), 0.0, "f(r) ~ r")
+    near(dpo.project_reward(world.ref, once, BETA), once, "a projection changes nothing twice")
+
+
+def test_eq09_holds_for_the_projection_and_for_no_other_member(world):
+    once = dpo.project_reward(world.ref, world.r, BETA)
+    near(dpo.normaliser(world.ref, once, BETA), 1.0, "Σ π_ref exp(f(r)/β) = 1")
+    near(dpo.normaliser(world.ref, once + 0.3, BETA), math.exp(0.3 / BETA), "shifted it is not")
+
+
+def test_prop1_a_class_has_one_projection_and_two_classes_two(world):
+    f = world.draw(3, 1)
+    near(dpo.uniqueness_gap(world.ref, world.r, world.r + f, BETA), 0.0, "exactly one a class")
+    assert (dpo.uniqueness_gap(world.ref, world.r, 2 * world.r, BETA) > 0.1).all()
+
+
+def test_eq10_mean_is_eq03_less_the_soft_value_and_at_pi_r_it_is_zero_for_every_y(world):
+    pi, soft = world.draw(3, 16).log_softmax(-1), BETA * dpo.log_partition(world.ref, world.r, BETA)
+    inside = dpo.soft_advantage(pi, world.ref, world.r, BETA, soft[:, None])
+    near((pi.exp() * inside).sum(-1), dpo.objective(pi, world.ref, world.r, BETA) - soft,
+         "its mean is Eq. 3 less a function of x")
+    best = dpo.optimal_policy(world.ref, world.r, BETA)
+    near(dpo.soft_advantage(best, world.ref, world.r, BETA, soft[:, None]), 0.0,
+         "at π_r the soft value explains all: no variance")
+
+
+def test_eq10_sampled_gradients_have_the_enumerated_mean_and_variance(world):
+    pi, n = world.draw(3, 16).log_softmax(-1), 200_000
+    one = torch.ones(3, 1, dtype=torch.float64)
+    mean, variance = derivations.policy_gradient(world, BETA, pi, 0 * one, one)
+    y = torch.multinomial(pi.exp(), n, replacement=True, generator=world.generator)  # (P, n)
+    signal = dpo.soft_advantage(pi, world.ref, world.r, BETA, 0).gather(1, y)
+    grads = signal[..., None] * (F.one_hot(y, 16) - pi.exp()[:, None])
+    near(grads.mean(1), mean, "the mean over samples", 6 * float(variance.max() / n) ** 0.5)
+    near(grads.var(1).sum(-1) / variance, 1.0, "their total variance", 0.05)
+
+
+# --- Appendix A.3: rankings ---
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_eq18_all_orders_sum_to_one(K):
+    orders = torch.tensor(list(itertools.permutations(range(K))))
+    logps, tied = dpo.ranking_logps(3 * draw(1, K).expand(len(orders), K), orders)
+    near(logps.exp().sum(), 1.0, f"the {K}! orders of {K} completions are all there is")
+    assert not tied.any()
+
+
+def test_eq18_equals_the_product_of_the_paper():
+    scores, rewards = draw(7, 4), draw(7, 4, seed=1)
+    for g, order in enumerate(rewards.argsort(-1, descending=True)):
+        s = scores[g, order].exp()
+        want = math.prod(float(s[k] / s[k:].sum()) for k in range(4))
+        near(dpo.ranking_logps(scores, rewards)[0][g].exp(), want, "Π exp r_k / Σ_{j≥k} exp r_j")
+
+
+def test_eq18_loss_at_k2_is_eq07_value_and_gradient():
+    pi, ref, rewards = draw(20).requires_grad_(), draw(20, seed=1), draw(10, 2, seed=2)
+    ranked, hats, counts = dpo.plackett_luce_loss(pi, ref, rewards, BETA)
+    losses, also = dpo.dpo_loss(pi, ref, *dpo.preference_pairs(rewards)[:2], BETA)
+    near(ranked, losses, "K = 2 is Eq. 7")
+    near(*(torch.autograd.grad(x.sum(), pi)[0] for x in (ranked, losses)), "and its gradient")
+    near(hats, also, "r̂ of every completion, as dpo_loss returns it")
+    assert not hats.requires_grad and counts == {"tied": 0, "skipped": 0}
+
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_eq18_loss_starts_at_log_k_factorial(K):
+    losses, _, _ = dpo.plackett_luce_loss(draw(5 * K), draw(5 * K), draw(5, K, seed=1), BETA)
+    near(losses, math.lgamma(K + 1), f"at π_θ = π_ref all {K}! orders are equally likely")
+
+
+def test_eq18_ties_leave_the_ranking_and_groups_under_two_are_skipped():
+    rewards = torch.tensor([[0.5, 0.2, 0.5, 0.1], [0.0, 0.0, 1.0, 1.0], [0.3, 0.3, 0.3, 0.9],
+                            [0.1, 0.2, 0.3, 0.4]])
+    pi, ref = draw(16).requires_grad_(), draw(16, seed=1)
+    losses, hats, counts = dpo.plackett_luce_loss(pi, ref, rewards, BETA)
+    assert counts == {"tied": 2 + 4 + 3, "skipped": 2}, counts
+    assert len(losses) == 2 and hats.shape == (16,)
+    pair, _ = dpo.dpo_loss(pi, ref, torch.tensor([1]), torch.tensor([3]), BETA)
+    near(losses[0], pair, "what is left of the first group is a pair")
+    grad, = torch.autograd.grad(losses.sum(), pi)
+    assert grad.isfinite().all() and grad[[0, 2, *range(4, 12)]].count_nonzero() == 0, \
+        "a completion outside the ranking has no gradient"
+    with pytest.raises(UserError, match="nothing to rank"):
+        dpo.plackett_luce_loss(pi, ref, torch.zeros(4, 4), BETA)
+    with pytest.raises(UserError, match="nothing to rank"):
+        dpo.plackett_luce_loss(pi, ref, draw(16, 1), BETA)
+
+
+def test_eq18_loss_does_not_depend_on_how_a_group_is_listed():
+    pi, ref, rewards, order = draw(3, 4), draw(3, 4, seed=1), draw(3, 4, seed=2), [2, 0, 3, 1]
+    near(dpo.plackett_luce_loss(*(x.flatten() for x in (pi, ref)), rewards, BETA)[0],
+         dpo.plackett_luce_loss(*(x[:, order].flatten() for x in (pi, ref)), rewards[:, order],
+                                BETA)[0], "the ranking is by reward, not by place")
+
+
+# --- C.3 and Preferred-FT ---
+
+def test_c3_at_alpha_one_is_the_constant_weight_and_at_zero_preferred_ft(batch):
+    naive = batch.gradient(lambda pi: dpo.weighted_loss(
+        pi, batch.ref, batch.yw, batch.yl, BETA, dpo.WEIGHTS["constant"])[0].mean())
+    c3 = batch.gradient(lambda pi: dpo.unlikelihood_loss(pi, batch.yw, batch.yl, 1.0).mean())
+    near(naive, BETA * c3, "the gradients differ by the factor β alone: π_ref is a constant")
+    pi = batch.ref
+    near(dpo.unlikelihood_loss(pi, batch.yw, batch.yl, 0.0), dpo.preferred_ft_loss(pi, batch.yw),
+         "α = 0 leaves the NLL of y_w")
+    near(dpo.preferred_ft_loss(pi, batch.yw).sum(), -sum(pi[i] for i in batch.yw),
+         "a completion counts as often as it wins")
+
+
+# --- The file ---
+
+def test_each_equation_opens_one_function_and_has_one_hit():
+    assert len(EQUATIONS) == 20, f"the contents name {sorted(EQUATIONS)}"
+    for equation, name in EQUATIONS.items():
+        assert SOURCE.count(f'"""{equation} ·') == 1, f"grep {equation!r} must have one hit"
+        doc = getattr(dpo, name).__doc__
+        assert doc.startswith(f"{equation} · "), f"{name} must open with {equation}"
+    assert SOURCE.count('"""Eq. 7') == 1
+    places = [SOURCE.index(f'"""{e} ·') for e in EQUATIONS if e.startswith("Eq.")]
+    assert places == sorted(places), "the equations come in the paper's order"
+
+
+def test_derivations_pass_and_draw_the_frontier(tmp_path):
+    out = tmp_path / "new" / "frontier.png"
+    run = subprocess.run([sys.executable, "dpo.py", "--out", out], cwd=ROOT, text=True,
+                         capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert out.read_bytes().startswith(b"\x89PNG") and str(out) in run.stdout
+    rows = {line[:14].strip() for line in run.stdout.splitlines() if line.endswith("pass")}
+    assert rows == EQUATIONS.keys(), f"a row for each equation; missing {EQUATIONS.keys() - rows}"
+
+
+MUTANTS = {  # a plausible wrong form of every equation, and the rows that must notice
+    "Eq. 1": (lambda r1, r2: torch.sigmoid(r2 - r1), derivations.section3_rows),
+    "Eq. 2": (lambda r, w, l: -F.logsigmoid(2 * (r[w] - r[l])), derivations.section3_rows),
+    "Eq. 3": (lambda p, q, r, b: (p.exp() * r).sum(-1) - dpo.kl_divergence(p, q),
+              derivations.section3_rows),
+    "Eq. 4": (lambda q, r, b: (q + r * b).log_softmax(-1), derivations.section3_rows),
+    "Eq. 5": (lambda p, q, b, z=0.0: p - q + z, derivations.section4_rows),
+    "Eq. 6": (lambda p, q, i, j, b: torch.sigmoid(b * (p[i] - p[j])), derivations.section4_rows),
+    "Eq. 7": (lambda p, q, w, l, b: (-F.logsigmoid(b * (p[w] - p[l])), b * p),
+              derivations.section4_rows),
+    "Section 4": (lambda w, i, j, b, B: torch.zeros(B).double().index_add(0, i, -w / len(w)),
+                  derivations.section4_rows),
+    "Definition 1": (lambda a, b: (a - b).abs().amax(-1), derivations.section5_rows),
+    "Lemma 1": (lambda a, b: (a - b).abs().amax(-1), derivations.section5_rows),
+    "Lemma 2": (lambda q, a, b, beta: dpo.kl_divergence(dpo.optimal_policy(q, a, beta), q),
+                derivations.section5_rows),
+    "Theorem 1": (lambda q, r, b: dpo.optimal_policy(q, r, b) * b, derivations.section5_rows),
+    "Eq. 8": (lambda q, r, b: r - dpo.log_partition(q, r, b)[..., None], derivations.section5_rows),
+    "Eq. 9": (lambda q, r, b: (q + r).exp().sum(-1), derivations.section5_rows),
+    "Proposition 1": (lambda q, a, b, beta: (a - b).abs().amax(-1), derivations.section5_rows),
+    "Eq. 10": (lambda p, q, r, b, v: r - v - (p - q), derivations.section5_rows),
+    "Eq. 18": (lambda s, r: (s.sort(-1, descending=True)[0].log_softmax(-1).sum(-1), r > 9),
+               derivations.appendix_rows),
+    "A.3": (lambda p, q, r, b: (dpo.ranking_logps(p.view(r.shape), r)[0], p, {}),
+            derivations.appendix_rows),
+    "C.3": (lambda p, w, l, a: -p[w] - a * p[l], derivations.appendix_rows),
+    "Preferred-FT": (lambda p, w: p[w], derivations.appendix_rows),
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_derivations_notice_a_wrong_equation(monkeypatch, equation):
+    wrong, rows = MUTANTS[equation]
+    monkeypatch.setattr(dpo, EQUATIONS[equation], wrong)
+    failed = [claim for _, claim, residual, tolerance in rows(derivations.World())
+              if tolerance is not None and not residual <= tolerance]
+    assert failed, f"a wrong {equation} went unnoticed"
+
+
+def test_derivations_exit_with_one_when_an_equation_is_wrong(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dpo, "unlikelihood_loss", MUTANTS["C.3"][0])
+    code = main_exit(lambda: derivations.main(["--out", str(tmp_path / "f.png")]))
+    table = capsys.readouterr().out
+    assert code == 1 and table.count("FAIL") == 1 and "1 failed" in table, table
+
+
+def test_derivations_name_a_figure_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code = main_exit(lambda: derivations.main(["--out", str(tmp_path / "file" / "f.png")]))
+    assert code == 2 and "error: cannot write" in capsys.readouterr().err
