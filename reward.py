@@ -1,0 +1,196 @@
+"""What a completion is worth: the ground truth r*, and a reward model's body for Eq. 2's r_φ.
+
+A reward is a callable (prompts, completions) -> (N,) float32 on the CPU, of token ids. r* lies in
+[0, 1]: on the toy corpus a known function of the text, on IMDb the probability that a classifier,
+trained here on the labels, gives to "positive". Knows nothing of policies.
+
+B sequences, T tokens, C channels, N completions.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gpt import GPT, GPTConfig, pad_rows
+from runs import UserError, load_tensors
+from toy_reviews import grammatical, sentiment
+
+
+def texts(enc, prompts, completions) -> list[str]:
+    """What was sampled, as text, without <|endoftext|>."""
+    return [enc.decode([i for i in p + c if i != enc.eot_token])
+            for p, c in zip(prompts, completions)]
+
+
+class ToyReward:
+    """r* of the toy corpus: exact, nothing to train."""
+
+    def __init__(self, enc):
+        self.enc = enc
+
+    def __call__(self, prompts, completions):
+        return torch.tensor([sentiment(t) for t in texts(self.enc, prompts, completions)])
+
+    def grammatical(self, prompts, completions) -> float:
+        """The share of sentences that are in the grammar's language, whatever their polarity."""
+        counts = [grammatical(t) for t in texts(self.enc, prompts, completions)]
+        return sum(good for good, _ in counts) / max(1, sum(n for _, n in counts))
+
+
+class RewardModel(nn.Module):
+    """A GPT with a scalar head, read at the last token: r_φ of Eq. 2, or the logit of r*."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.body = GPT(config)
+        self.score = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.score.weight)  # starts indifferent: log 2 under either loss
+        nn.init.zeros_(self.score.bias)
+
+    @classmethod
+    def from_gpt(cls, gpt: GPT, n_ctx: int, dropout: float = 0.0) -> "RewardModel":
+        """The body of a language model. A longer context repeats its position embeddings."""
+        config = GPTConfig(**vars(gpt.config) | {"n_ctx": n_ctx, "dropout": dropout})
+        model, state = cls(config), gpt.state_dict()
+        times = math.ceil(n_ctx / gpt.config.n_ctx)
+        state["wpe.weight"] = state["wpe.weight"].repeat(times, 1)[:n_ctx]
+        model.body.load_state_dict(state)
+        return model
+
+    def forward(self, idx, lengths):
+        """idx (B, T), lengths (B,) -> (B,) float32, of each row's token lengths - 1."""
+        last = self.body.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]
+        with torch.autocast(idx.device.type, enabled=False):  # a bf16 score would tie rewards
+            return self.score(last.float())[:, 0]
+
+    def saved(self) -> dict:
+        return {"config": vars(self.body.config) | {}, "model": self.state_dict()}
+
+    @classmethod
+    def load(cls, path: Path) -> "RewardModel":
+        """The model of a run's model.pt. Raises UserError where the file is no such thing."""
+        saved = load_tensors(path)
+        try:
+            model = cls(GPTConfig(**saved["config"]))
+            model.load_state_dict(saved["model"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise UserError(f"{path} holds no reward model ({str(e).splitlines()[0]}): delete its "
+                            "folder and run the stage that makes it") from None
+        return model
+
+
+class SentimentReward:
+    """r* = p(positive) by a RewardModel trained on labels."""
+
+    def __init__(self, model: RewardModel, eos: int, rows: int = 256):
+        self.model, self.eos, self.rows = model.eval(), eos, rows
+
+    @torch.no_grad()
+    def __call__(self, prompts, completions):
+        device, n_ctx = self.model.score.weight.device, self.model.body.config.n_ctx
+        out = []
+        for i in range(0, len(prompts), self.rows):
+            # its training texts have no closing <|endoftext|>: the last word is read, not the end
+            ended = [[t for t in c if t != self.eos] for c in completions[i : i + self.rows]]
+            idx, _, lengths = pad_rows(prompts[i : i + self.rows], ended)
+            if idx.size(1) > n_ctx:
+                raise UserError(f"a text of {idx.size(1)} tokens; the reward model reads {n_ctx}: "
+                                "raise --reward-ctx")
+            out.append(self.model(idx.to(device), lengths.to(device)).sigmoid().cpu())
+        return torch.cat(out)
+
+
+class SiebertReward:
+    """The paper's judge, p(positive) by siebert/sentiment-roberta-large-english, or a local folder
+    of that layout. Needs the optional package transformers. Raises UserError without either."""
+
+    def __init__(self, enc, name="siebert/sentiment-roberta-large-english", device="cpu", rows=64):
+        try:
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        except ImportError:
+            raise UserError("--reward siebert needs transformers, which is not installed: run "
+                            "pip install transformers") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForSequenceClassification.from_pretrained(name)
+        except Exception as e:  # a damaged file fails anywhere inside, with any type
+            raise UserError(f"could not load {name} ({str(e).splitlines()[0]}): give a folder that "
+                            "holds it with --siebert-path") from None
+        labels = {v.upper(): k for k, v in model.config.id2label.items()}
+        if "POSITIVE" not in labels:
+            raise UserError(f"{name} has the labels {sorted(labels)}; one must be POSITIVE")
+        self.model, self.positive = model.to(device).eval(), labels["POSITIVE"]
+        self.enc, self.rows = enc, rows
+
+    @torch.no_grad()
+    def __call__(self, prompts, completions):
+        strings, out = texts(self.enc, prompts, completions), []
+        for i in range(0, len(strings), self.rows):
+            batch = self.tokenizer(strings[i : i + self.rows], return_tensors="pt", padding=True,
+                                   truncation=True).to(self.model.device)
+            logits = self.model(**batch).logits.float()
+            out.append(logits.softmax(-1)[:, self.positive].cpu())
+        return torch.cat(out)
+
+
+def cut(ids, n_ctx: int) -> list[int]:
+    """A review's tokens, <|endoftext|> first; of a long one the end, where the verdict stands."""
+    return [int(ids[0]), *map(int, ids[1:][-(n_ctx - 1):])]
+
+
+def crop(ids, n: int, rng) -> list[int]:
+    """<|endoftext|> and n tokens in a row from anywhere in the review; a shorter one whole."""
+    start = rng.integers(1, max(2, len(ids) - n + 1))
+    return [int(ids[0]), *map(int, ids[start : start + n])]
+
+
+def label_batch(rows, labels) -> dict:
+    idx, _, lengths = pad_rows(rows, [[]] * len(rows))
+    return dict(idx=idx, lengths=lengths, labels=torch.tensor(labels, dtype=torch.float32))
+
+
+def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng):
+    """One step's micro-batches: `batch` whole reviews, and as many random crops of 8 to `max_crop`
+    tokens, so that short completions are judged well too. No row is longer than n_ctx. Each is a
+    dict of idx (B, T), lengths (B,), labels (B,)."""
+    high = min(max_crop, n_ctx - 1) + 1
+    pick = rng.integers(0, len(tokens), 2 * batch)
+    whole = [cut(tokens[i], n_ctx) for i in pick[:batch]]
+    crops = [crop(tokens[i], int(rng.integers(8, high)), rng) for i in pick[batch:]]
+    return [label_batch(whole, labels[pick[:batch]]), label_batch(crops, labels[pick[batch:]])]
+
+
+def label_loss(model, micro):
+    """Summed cross-entropy of the labels, and what to log, per sequence."""
+    logits = model(micro["idx"], micro["lengths"])
+    losses = F.binary_cross_entropy_with_logits(logits, micro["labels"], reduction="none")
+    right = (logits.detach() > 0) == (micro["labels"] > 0.5)
+    return losses.sum(), dict(loss=losses.detach(), accuracy=right.float())
+
+
+@torch.no_grad()
+def accuracy(model: RewardModel, tokens, labels, n_ctx: int, crop_len: int = 0, rows: int = 64):
+    """Accuracy on labelled reviews, and the expected calibration error of p(positive), ten bins.
+
+    crop_len 0 judges whole reviews (the last n_ctx tokens), otherwise a crop of that many tokens
+    (fewer where n_ctx is less). The error is the gap between mean p and the share of positives,
+    averaged over the reviews' bins.
+    """
+    rng, device, p = np.random.default_rng(0), model.score.weight.device, []
+    model.eval()
+    reviews = [crop(ids, min(crop_len, n_ctx - 1), rng) if crop_len else cut(ids, n_ctx)
+               for ids in tokens]
+    order = sorted(range(len(reviews)), key=lambda i: len(reviews[i]))  # least padding
+    for i in range(0, len(order), rows):
+        part = [reviews[j] for j in order[i : i + rows]]
+        idx, _, lengths = pad_rows(part, [[]] * len(part))
+        p.append(model(idx.to(device), lengths.to(device)).sigmoid().cpu())
+    p, y = torch.cat(p), torch.tensor(labels[order], dtype=torch.float32)
+    bins = (p * 10).long().clamp(max=9)
+    gaps = [(p[bins == b].mean() - y[bins == b].mean()).abs() * (bins == b).float().mean()
+            for b in bins.unique()]
+    return float(((p > 0.5) == (y > 0.5)).float().mean()), float(sum(gaps))

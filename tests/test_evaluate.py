@@ -1,0 +1,360 @@
+"""Laws of evaluate.py: the KL is the enumerated KL, and nothing lies above the optimum."""
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+
+import evaluate as module
+from evaluate import (distinct2, evaluate, optimal_frontier, optimal_reward, repetition,
+                      sequence_kl, standard_error)
+from gpt import GPT, GPTConfig, pad_rows
+
+V, EOS, MAX_NEW = 4, 3, 3
+PROMPTS = [[0], [0, 1], [2, 2, 0]]
+
+
+def tiny(seed: int, sharpness: float = 40.0) -> GPT:
+    """A GPT whose distributions are far from uniform and from another seed's."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=V, n_ctx=8, n_layer=1, n_head=2, n_embd=8))
+    with torch.no_grad():
+        model.wte.weight.mul_(sharpness)
+        model.wpe.weight.mul_(sharpness)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[GPT, GPT]:
+    return tiny(0), tiny(1)
+
+
+def step_logps(model: GPT, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """log π(. | ids), (V,) float64, by the plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1].double()
+    if temperature == 0:
+        return torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
+    return (logits / temperature).log_softmax(-1)
+
+
+def enumerated(policy, reference, prompt, temperature=1.0, before=()):
+    """Every completion of the prompt with log π(y|x) and log π_ref(y|x), by recursion."""
+    out, ids = [], [*prompt, *(token for token, _, _ in before)]
+    logp, logq = step_logps(policy, ids, temperature), step_logps(reference, ids)
+    for token in range(V):
+        path = [*before, (token, float(logp[token]), float(logq[token]))]
+        if token == EOS or len(path) == MAX_NEW:
+            out.append(([t for t, _, _ in path], sum(p for _, p, _ in path),
+                        sum(q for _, _, q in path)))
+        elif logp[token] > -math.inf:
+            out += enumerated(policy, reference, prompt, temperature, path)
+    return [y for y in out if y[1] > -math.inf]
+
+
+def scored(policy, reference, prompt, completions, temperature=1.0):
+    return sequence_kl(policy, reference, *pad_rows([prompt] * len(completions), completions),
+                       temperature=temperature)
+
+
+# ------------------------------------------------------------------------------ sequence KL
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0, 0.0])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=str)
+def test_both_estimators_have_the_enumerated_kl_as_their_mean(pair, prompt, temperature):
+    ys = enumerated(*pair, prompt, temperature)
+    assert len(ys) == (1 if temperature == 0 else 1 + 3 + 9 + 27), "not every completion"
+    p = torch.tensor([y[1] for y in ys], dtype=torch.float64).exp()
+    assert abs(p.sum() - 1) < 1e-12
+    exact = sum(math.exp(a) * (a - b) for _, a, b in ys)
+    kl, kl_mc, ref_nll = scored(*pair, prompt, [y[0] for y in ys], temperature)
+    assert exact > 0.1, "too easy a pair of models"
+    assert abs(p @ kl - exact) < 1e-5, "the per-step KL is not unbiased"
+    assert abs(p @ kl_mc - exact) < 1e-5, "the one-sample estimate is not unbiased"
+    for (_, logp, logq), mc, nll in zip(ys, kl_mc.tolist(), ref_nll.tolist()):
+        assert abs(mc - (logp - logq)) < 1e-5, "kl_mc is log π(y|x) - log π_ref(y|x)"
+        assert abs(nll + logq) < 1e-5, "ref_nll is -log π_ref(y|x)"
+
+
+def test_means_over_samples_are_within_four_standard_errors(pair):
+    prompt = PROMPTS[1]
+    exact = sum(math.exp(a) * (a - b) for _, a, b in enumerated(*pair, prompt))
+    point = evaluate(*pair, [prompt] * 4000, None, EOS, MAX_NEW, seed=0)
+    for name in ("kl", "kl_mc"):
+        z = (point[name] - exact) / point[name + "_se"]
+        assert abs(z) < 4, f"{name} = {point[name]:.4f} is {z:.1f} standard errors off {exact:.4f}"
+    assert point["kl_se"] < point["kl_mc_se"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_near_the_reference_the_per_step_kl_has_the_smaller_variance(seed):
+    """At a distance of ε it varies by ε², one sample's estimate by ε. Far away there is no law."""
+    ratios = []
+    for epsilon in (0.3, 0.03):
+        policy, reference, other = tiny(seed), tiny(seed), tiny(seed + 100)
+        with torch.no_grad():
+            for p, q in zip(policy.parameters(), other.parameters()):
+                p.add_(epsilon * (q - p))
+        ys = enumerated(policy, reference, [0])
+        p = torch.tensor([y[1] for y in ys], dtype=torch.float64).exp()
+        kl, kl_mc, _ = scored(policy, reference, [0], [y[0] for y in ys])
+        var, var_mc = (float(p @ (x - p @ x) ** 2) for x in (kl, kl_mc))
+        ratios.append(var / var_mc)
+    assert ratios[0] < 1, f"{ratios[0]:.3f} of the one-sample estimate's variance"
+    assert ratios[1] < 0.1 * ratios[0], f"ratios {ratios}: it should fall as ε²"
+
+
+def test_the_one_sample_estimate_can_be_negative_and_the_per_step_kl_cannot(pair):
+    kl, kl_mc, _ = scored(*pair, [0], [y[0] for y in enumerated(*pair, [0])])
+    assert kl_mc.min() < -0.1, "somebody clamps log π - log π_ref"
+    assert kl.min() >= 0
+
+
+def test_a_policy_is_at_distance_zero_from_itself(pair):
+    kl, kl_mc, _ = scored(pair[0], pair[0], [0], [y[0] for y in enumerated(*pair, [0])])
+    assert torch.equal(kl, torch.zeros_like(kl)) and torch.equal(kl_mc, torch.zeros_like(kl))
+
+
+def test_chain_rule_so_the_prompt_is_not_counted(pair):
+    """KL(y|x) = KL(y₁|x) + KL(y₂|x y₁): what is moved into the prompt costs nothing more."""
+    x, y = [0, 1], [2, 1, 0, EOS]
+    whole = scored(*pair, x, [y])
+    for i in range(1, len(y)):
+        parts = scored(*pair, x, [y[:i]]) + scored(*pair, x + y[:i], [y[i:]])
+        torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
+    idx, prompt_lens, _ = pad_rows([x], [y])
+    assert sequence_kl(*pair, idx, prompt_lens, prompt_lens).abs().max() == 0, \
+        "an empty completion has no KL: the prompt was counted"
+
+
+def test_nothing_after_the_end_matters(pair):
+    short, long = [0, EOS], [1, 1, 2, 1]
+    alone = scored(*pair, [0], [short])
+    idx, prompt_lens, lengths = pad_rows([[0], [0]], [short, long])
+    for fill in range(V):
+        idx[0, lengths[0]:] = fill
+        both = sequence_kl(*pair, idx, prompt_lens, lengths)
+        torch.testing.assert_close(both[:, :1], alone, rtol=0, atol=1e-6)
+
+
+def test_the_decision_to_end_counts(pair):
+    ended, cut_off = scored(*pair, [0], [[1, EOS], [1]]).T
+    logp, logq = (step_logps(model, [0, 1]) for model in pair)
+    exact = float((logp.exp() * (logp - logq)).sum())
+    assert abs(ended[0] - cut_off[0] - exact) < 1e-5, "the EOS step's KL is missing"
+    assert abs(ended[1] - cut_off[1] - float(logp[EOS] - logq[EOS])) < 1e-5
+
+
+def test_the_blocks_of_the_head_change_nothing(pair, monkeypatch):
+    ys = [y[0] for y in enumerated(*pair, [0])]
+    whole = scored(*pair, [0], ys)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 7 * 4 * V)  # seven tokens at a time
+    torch.testing.assert_close(scored(*pair, [0], ys), whole, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ one point
+
+HAND = [[0, 1, EOS], [1, 1, 1, 1, 1], [2, EOS], [EOS]]  # tokens: 3, 5, 2, 1
+
+
+def by_hand(pair, **kwargs):
+    worth = torch.tensor([0.1, 0.2, 0.6, 0.7])
+    return evaluate(*pair, [[0]] * 4, lambda prompts, completions: worth, EOS, MAX_NEW, 0,
+                    completions=HAND, grammatical=lambda prompts, completions: 0.25, **kwargs)
+
+
+def test_a_points_fields_on_a_hand_made_list(pair):
+    point = by_hand(pair)
+    assert point["completions"] is HAND and point["samples"] == 4 and point["temperature"] == 1.0
+    assert point["eos"] == 3 / 4, "the share that ended itself"
+    assert point["length"] == 11 / 4, "in tokens, the end included"
+    assert point["grammatical"] == 0.25
+    assert abs(point["reward"] - 0.4) < 1e-6
+    for name, values in dict(length=[3, 5, 2, 1], reward=[0.1, 0.2, 0.6, 0.7]).items():
+        assert abs(point[name + "_se"] - statistics.stdev(values) / 2) < 1e-6, f"{name}_se"
+    kl, kl_mc, _ = scored(*pair, [0], HAND)
+    for name, values in dict(kl=kl, kl_mc=kl_mc).items():
+        assert abs(point[name] - values.mean()) < 1e-6
+        assert abs(point[name + "_se"] - statistics.stdev(values.tolist()) / 2) < 1e-6
+    assert point["rewards"] == [0.1, 0.2, 0.6, 0.7] and len(point["kls"]) == 4
+    assert all(abs(a - b) < 1e-4 for a, b in zip(point["kls"], kl.tolist())), "four digits a prompt"
+    json.dumps(point, allow_nan=False)  # as it is written
+
+
+def test_ref_ppl_is_exp_of_all_nll_over_all_tokens(pair):
+    nll = sum(-float(step_logps(pair[1], [0] + y[:i])[y[i]]) for y in HAND for i in range(len(y)))
+    assert abs(by_hand(pair)["ref_ppl"] / math.exp(nll / 11) - 1) < 1e-5
+    uniform = tiny(0, sharpness=0)
+    assert abs(by_hand((pair[0], uniform))["ref_ppl"] - V) < 1e-5, \
+        "a uniform reference is perplexed by V tokens, whatever the lengths"
+
+
+def test_without_a_reward_its_fields_are_none(pair):
+    point = evaluate(*pair, PROMPTS, None, EOS, MAX_NEW, seed=0)
+    assert point["reward"] is None and point["reward_se"] is None and point["grammatical"] is None
+    assert "rewards" not in point and len(point["kls"]) == len(PROMPTS)
+
+
+def test_rows_at_once_change_nothing(pair):
+    """Prompts of other lengths in the batch, and other batches, leave each prompt's numbers."""
+    many = PROMPTS * 3
+    points = [evaluate(*pair, many, None, EOS, MAX_NEW, seed=3, rows=rows) for rows in (1, 4, 512)]
+    for point in points[1:]:
+        assert point["completions"] == points[0]["completions"]
+        assert abs(point["kl"] - points[0]["kl"]) < 1e-5
+        assert abs(point["ref_ppl"] - points[0]["ref_ppl"]) < 1e-4
+
+
+def test_same_seed_same_samples_and_the_reward_is_given_them(pair):
+    seen = []
+
+    def reward(prompts, completions):
+        seen.append((prompts, completions))
+        return torch.zeros(len(prompts))
+
+    many = PROMPTS * 20
+    a, b = (evaluate(*pair, many, reward, EOS, MAX_NEW, seed=5) for _ in range(2))
+    assert a == b, "one seed, two points"
+    assert seen[0] == (many, a["completions"])
+    other = evaluate(*pair, many, reward, EOS, MAX_NEW, seed=6)
+    assert other["completions"] != a["completions"], "another seed, the same samples"
+    reference = evaluate(pair[1], pair[1], many, reward, EOS, MAX_NEW, seed=5)
+    assert reference["kl"] == reference["kl_mc"] == 0
+    alike = sum(x == y for x, y in zip(reference["completions"], a["completions"]))
+    by_chance = sum(x == y for x, y in zip(reference["completions"], other["completions"]))
+    assert alike > by_chance, "with one seed, two policies should meet the same luck"
+
+
+def test_the_kl_is_of_the_policy_at_the_temperature_it_is_sampled_at(pair):
+    kls = {}
+    for temperature in (0.0, 0.5, 1.0):
+        ys = enumerated(*pair, [0, 1], temperature)
+        kls[temperature] = sum(math.exp(a) * (a - b) for _, a, b in ys)
+        point = evaluate(*pair, [[0, 1]] * 1000, None, EOS, MAX_NEW, 0, temperature)
+        assert point["temperature"] == temperature
+        for name in ("kl", "kl_mc"):
+            gap, se = abs(point[name] - kls[temperature]), point[name + "_se"]
+            assert gap <= 4 * se + 1e-5, f"{name} at temperature {temperature} is {gap:.3f} off"
+    assert min(abs(kls[0.5] - kls[1.0]), abs(kls[0.0] - kls[0.5])) > 0.05
+
+
+def test_repetition_and_distinct2_on_hand_made_lists():
+    assert repetition([[1, 2, 3, 4, 5]]) == 0, "varied text"
+    assert repetition([[7] * 12]) == 1 - 1 / 10, "one trigram, ten times"
+    assert repetition([[1, 2, 3, 1, 2, 3]]) == 1 - 3 / 4, "123 231 312 123"
+    assert repetition([[1, 2], [7] * 12]) == 0.45, "a mean over completions; none, too short a one"
+    assert repetition([[1, 2, 3], [1, 2, 3]]) == 0, "within a completion, not between them"
+    assert distinct2([[1, 2, 3], [1, 2, 4]]) == 3 / 4, "12 23 12 24, all together"
+    assert distinct2([[1, 1, 1, 1]]) == 1 / 3
+    assert distinct2([[1], [2]]) == 0, "no bigram"
+    assert distinct2([[1, 2], [3, 4]]) == 1, "23 is no bigram: it crosses completions"
+
+
+def test_standard_error_falls_as_one_over_root_n():
+    x = torch.tensor([0.0, 1.0])
+    assert abs(standard_error(x) - math.sqrt(0.5) / math.sqrt(2)) < 1e-7
+    assert abs(standard_error(x.repeat(5000)) - 0.5 / 100) < 1e-5
+    assert math.isnan(standard_error(x[:1])), "one sample has no spread"
+
+
+# ------------------------------------------------------------------------------ the optimum
+
+BETAS = [float(b) for b in torch.logspace(1.3, -2, 60)]
+
+
+@pytest.fixture(scope="module")
+def rewards() -> torch.Tensor:
+    """3 prompts whose 16 completions are all there are, under a uniform reference."""
+    return torch.rand(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def gibbs(rewards, beta):
+    """Eq. 4 by hand for a uniform reference: (reward, KL), means over prompts."""
+    points = []
+    for row in rewards.tolist():
+        z = sum(math.exp(r / beta) / len(row) for r in row)
+        pi = [math.exp(r / beta) / len(row) / z for r in row]
+        points.append((sum(p * r for p, r in zip(pi, row)),
+                       sum(p * math.log(p * len(row)) for p in pi if p)))
+    return [statistics.mean(column) for column in zip(*points)]
+
+
+def test_the_curve_is_eq04_enumerated(rewards):
+    for point in optimal_frontier(rewards, BETAS):
+        reward, kl = gibbs(rewards, point["beta"])
+        assert abs(point["reward"] - reward) < 1e-12 and abs(point["kl"] - kl) < 1e-12
+
+
+def test_samples_of_a_reference_that_is_not_uniform_estimate_its_optimum():
+    generator = torch.Generator().manual_seed(0)
+    logq = torch.randn(12, generator=generator, dtype=torch.float64).log_softmax(-1)
+    r = torch.rand(12, generator=generator, dtype=torch.float64)
+    samples = r[torch.multinomial(logq.exp(), 200_000, True, generator=generator)]
+    for point in optimal_frontier(samples[None], [5, 1, 0.3, 0.1]):
+        best = (logq + r / point["beta"]).log_softmax(-1)
+        assert abs(point["reward"] - best.exp() @ r) < 0.005
+        assert abs(point["kl"] - best.exp() @ (best - logq)) < 0.01
+
+
+def test_reward_and_kl_rise_as_beta_falls(rewards):
+    curve = optimal_frontier(rewards, BETAS)
+    for a, b in zip(curve, curve[1:]):
+        assert b["reward"] > a["reward"] and b["kl"] > a["kl"] and b["ess"] < a["ess"]
+    slopes = [(b["reward"] - a["reward"]) / (b["kl"] - a["kl"]) for a, b in zip(curve, curve[1:])]
+    for slope, a, b in zip(slopes, curve, curve[1:]):
+        assert b["beta"] < slope < a["beta"], "β is the reward that one more nat buys"
+
+
+def test_no_policy_lies_above_the_curve(rewards):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(2000, *rewards.shape, generator=generator, dtype=torch.float64)
+    scale = torch.logspace(-2, 1, 2000, dtype=torch.float64)[:, None, None]
+    tilt = 10 * torch.rand(2000, 1, 1, generator=generator, dtype=torch.float64)
+    logp = (tilt * rewards + scale * noise).log_softmax(-1)
+    reward = (logp.exp() * rewards).sum(-1).mean(-1)
+    kl = (logp.exp() * (logp + math.log(16))).sum(-1).mean(-1)
+    curve = optimal_frontier(rewards, BETAS)
+    for point in curve:
+        bound = point["reward"] - point["beta"] * point["kl"]
+        assert (reward - point["beta"] * kl).max() <= bound + 1e-12, f"Eq. 3 at {point['beta']}"
+    best = [optimal_reward(curve, float(x)) for x in kl]
+    compared = [(float(r), b) for r, b in zip(reward, best) if b is not None]
+    assert len(compared) > 1000, "too few of the policies are within the curve's range"
+    above = max(r - b for r, b in compared)
+    assert -1e-3 < above < 1e-3, f"{above} above (the chords of 60 β cost under 1e-3)"
+
+
+def test_effective_samples_and_the_limits(rewards):
+    limit = optimal_frontier(rewards, [1e9, 1e-4])
+    assert abs(limit[0]["ess"] - 16) < 1e-6 and abs(limit[0]["kl"]) < 1e-9, "β = ∞ is π_ref"
+    assert abs(limit[0]["reward"] - rewards.mean()) < 1e-6
+    assert abs(limit[1]["ess"] - 1) < 1e-6, "β = 0: one completion has all the weight"
+    assert abs(limit[1]["kl"] - math.log(16)) < 1e-6, "no KL past log K"
+    assert abs(limit[1]["reward"] - rewards.amax(1).mean()) < 1e-6
+    tied = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
+    point, = optimal_frontier(tied, [1e-4])
+    assert abs(point["ess"] - 3) < 1e-6, "three equal best share the weight"
+    assert abs(point["kl"] - math.log(2)) < 1e-6
+    flat, = optimal_frontier(torch.full((2, 8), 0.5), [0.01])
+    assert abs(flat["kl"]) < 1e-9 and abs(flat["ess"] - 8) < 1e-6, "nothing to gain, nothing moves"
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1e-8, 1e-100, 1e-300])
+def test_a_tiny_beta_neither_overflows_nor_goes_past_log_k(rewards, beta):
+    point, = optimal_frontier(rewards.float(), [beta])
+    assert all(math.isfinite(x) for x in point.values()), point
+    assert point["kl"] <= math.log(16) + 1e-9 and point["reward"] <= 1 and point["ess"] >= 1 - 1e-9
+    json.dumps(point, allow_nan=False)
+
+
+def test_optimal_reward_interpolates_where_the_curve_can_be_trusted():
+    curve = [dict(kl=2.0, reward=0.9, ess=5), dict(kl=0.0, reward=0.5, ess=64),
+             dict(kl=1.0, reward=0.8, ess=20), dict(kl=3.0, reward=0.95, ess=2)]
+    for kl, reward in ((0.0, 0.5), (0.5, 0.65), (1.0, 0.8), (1.5, 0.85), (2.0, 0.9)):
+        assert abs(optimal_reward(curve, kl) - reward) < 1e-12, f"at {kl}"
+    assert optimal_reward(curve, 2.5) is None, "past the last point with ess >= 4"
+    assert optimal_reward(curve, -0.1) is None and optimal_reward(curve, math.nan) is None
+    assert optimal_reward([], 1.0) is None
+    assert optimal_reward([curve[1]] * 2, 0.0) == 0.5, "equal points"
