@@ -279,10 +279,10 @@ def import_file(path: str):
     return module
 
 
-def use_module(path: str) -> list[str]:
-    """A student's file stands in: its functions replace the ones of this file with their names.
+def own_functions(path: str) -> dict[str, Callable]:
+    """A student's file: the functions in it that have the name of one here.
 
-    Returns the names. UserError for a file that shares none, or has one with another signature.
+    UserError for a file that shares none, or has one with another signature.
     """
     module = import_file(path)
     theirs = {name: f for name, f in vars(module).items()
@@ -295,6 +295,12 @@ def use_module(path: str) -> list[str]:
         if want != got:
             raise UserError(f"{path}:{function.__code__.co_firstlineno}: {name} must take "
                             f"({', '.join(want)}), it takes ({', '.join(got)})")
+    return theirs
+
+
+def use_module(path: str) -> list[str]:
+    """The student's functions replace the ones of this file that have their names: the names."""
+    theirs = own_functions(path)
     globals().update(theirs)
     return list(theirs)
 

@@ -112,7 +112,7 @@ def optimal_frontier(rewards, betas) -> list[dict]:
 
     Self-normalised reweighting: w, exp(r / β) over its prompt's sum, stands for π_r / π_ref, with
     1 / K for π_ref. Then reward = Σ w r and KL = Σ w log(K w), means over prompts, one β for all.
-    No training, and no policy can lie above the curve, so it also tests the KL estimator. `ess`,
+    No training, and no policy lies above what it estimates, so it also tests the KL estimator. `ess`,
     the effective number of samples a prompt (K at β = ∞, 1 when one has all the weight), says
     where to stop believing it: the KL cannot pass log K.
     """
@@ -131,8 +131,10 @@ def optimal_frontier(rewards, betas) -> list[dict]:
 
 
 def optimal_reward(curve: list[dict], kl: float) -> float | None:
-    """The curve's reward at `kl`, between its points with ess >= 4; None outside them."""
-    points = sorted((p["kl"], p["reward"]) for p in curve if p["ess"] >= 4)
+    """The curve's reward at `kl`, between its points with ess >= 3; None outside them.
+
+    An estimate, and near the end of that range a little low: few samples hold the weight."""
+    points = sorted((p["kl"], p["reward"]) for p in curve if p["ess"] >= 3)
     for (a, ra), (b, rb) in zip(points, points[1:]):
         if a <= kl <= b:
             return ra + (rb - ra) * (kl - a) / (b - a) if b > a else ra

@@ -9,8 +9,10 @@ B sequences, T tokens, V vocabulary, C channels, H heads, M scored tokens.
 """
 
 import argparse
+import functools
 import json
 import math
+import mmap
 import struct
 import sys
 from dataclasses import asdict, dataclass
@@ -21,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from runs import UserError, load_tensors, main_exit, write_whole
+from runs import UserError, load_tensors, main_exit, os_errors, write_whole
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + T] = k
             cache[1, :, :, start : start + T] = v
-            k, v = cache[:, :, :, : start + T].to(q.dtype)
+            k, v = cache[:, :, :, : start + T]
         # SDPA aligns its causal mask to the top left, so a cached prefix allows one query at a time
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
@@ -84,7 +86,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, f"{config.n_embd=} must divide by {config.n_head=}"
+        assert config.n_embd % config.n_head == 0, f"{config} has heads of unequal width"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head: tied weights
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
@@ -130,13 +132,11 @@ class GPT(nn.Module):
         mask, targets = mask[:, 1:], idx[:, 1:]
         hidden = self.hidden(idx[:, :-1])[mask]  # (M, C): position t - 1 predicts token t
         rows = max(1, LOGITS_BUDGET[idx.device.type] // (4 * self.config.vocab_size))
-        grad, pieces = torch.is_grad_enabled(), zip(hidden.split(rows), targets[mask].split(rows))
-        if grad and len(hidden) > rows:  # too much to keep: make it again in the backward pass
-            logps = [checkpoint(HeadLogps.apply, h, self.wte.weight, t, grad, use_reentrant=False)
-                     for h, t in pieces]
-        else:
-            logps = [HeadLogps.apply(h, self.wte.weight, t, grad) for h, t in pieces]
-        logps = torch.cat(logps)  # (M,)
+        grad, score = torch.is_grad_enabled(), HeadLogps.apply
+        if grad and len(hidden) > rows:  # more than may be kept: made again in the backward pass
+            score = functools.partial(checkpoint, score, use_reentrant=False)
+        logps = torch.cat([score(h, self.wte.weight, t, grad) for h, t in zip(
+            hidden.split(rows), targets[mask].split(rows))])  # (M,)
         out = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
         return F.pad(out.masked_scatter(mask, logps), (1, 0))
 
@@ -145,8 +145,8 @@ class GPT(nn.Module):
                progress=lambda n: None):
         """Continue each prompt until `eos`, `max_new` tokens or the end of the context.
 
-        prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn.
-        temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing. `rows`
+        prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn
+        (-1: never). temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing. `rows`
         prompts run at once; `progress(n)` hears of each n completions made. Row i's token s uses
         the uniform u[i, s], drawn up front from `seed`, so that a completion does not depend on
         how rows are batched, and two policies meet the same luck (common random numbers).
@@ -157,23 +157,24 @@ class GPT(nn.Module):
                 raise ValueError(f"a prompt of {len(prompt)} tokens; the context is "
                                  f"{self.config.n_ctx}: give 1 to {self.config.n_ctx - 1}")
         uniforms = torch.rand(len(prompts), max_new, generator=torch.Generator().manual_seed(seed))
-        training = self.training
+        training, done = self.training, []
         self.eval()
-        done = []
-        for i in range(0, len(prompts), rows):
-            part = self._sample_rows(prompts[i : i + rows], uniforms[i : i + rows], eos,
-                                     temperature, top_k, top_p)
-            done += part
-            progress(len(part))
-        self.train(training)
+        try:
+            for i in range(0, len(prompts), rows):
+                part = self._sample_rows(prompts[i : i + rows], uniforms[i : i + rows], eos,
+                                         temperature, top_k, top_p)
+                done += part
+                progress(len(part))
+        finally:
+            self.train(training)
         return done
 
     def _sample_rows(self, prompts, uniforms, eos, temperature, top_k, top_p):
         """Every row starts at position 0; one still inside its prompt takes its own next token."""
         device, config = self.wte.weight.device, self.config
         prompt_lens = torch.tensor([len(p) for p in prompts])
-        ends = (prompt_lens + uniforms.size(1)).clamp(max=config.n_ctx)  # row b stops before ends[b]
-        tokens = torch.full((len(prompts), int(ends.max())), eos)
+        ends = (prompt_lens + uniforms.size(1)).clamp(max=config.n_ctx)  # b stops before ends[b]
+        tokens = torch.zeros(len(prompts), int(ends.max()), dtype=torch.long)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
         stops = ends.clone()  # one past each row's last token
@@ -191,7 +192,7 @@ class GPT(nn.Module):
             step = t - prompt_lens[live]
             u = uniforms[live, step.clamp(0, uniforms.size(1) - 1)]
             new = draw(self.head(hidden), u, temperature, top_k, top_p)
-            new = torch.where(alive & (step >= 0), new, tokens[live, t])  # inside its prompt: its own
+            new = torch.where(alive & (step >= 0), new, tokens[live, t])  # in its prompt: its own
             tokens[live, t] = new
             ended = alive & (step >= 0) & ((new == eos) | (t + 1 >= ends[live]))
             stops[live] = torch.where(ended, t + 1, stops[live])
@@ -232,29 +233,27 @@ class GPT(nn.Module):
         folder = download_gpt2(name, cache) if name in GPT2_NAMES else Path(name)
         config = read_config(folder)
         model = cls(GPTConfig(**config, dropout=dropout))
-        state = {k.removeprefix("transformer."): v for k, v in read_weights(folder).items()}
+        state = {k.removeprefix("transformer."): v for k, v in read_weights(folder).items()
+                 if not k.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask
         head = state.pop("lm_head.weight", None)
-        state = {k: v for k, v in state.items()  # older files also hold the causal mask
-                 if not k.endswith((".attn.bias", ".attn.masked_bias"))}
         if head is not None and not torch.equal(head, state.get("wte.weight", head)):
             raise UserError(f"{folder}: its head is not tied to its embedding; GPT-2's is")
-        with torch.no_grad():
-            for key, p in model.state_dict().items():
-                w = state.pop(key, None)
-                if w is not None and key.endswith(CONV1D):
-                    w = w.t()  # GPT-2 was trained with weights of shape (in, out)
-                if w is None or w.shape != p.shape:
-                    got = "nothing" if w is None else f"shape {tuple(w.shape)}"
-                    raise UserError(f"{folder}: {key} should have shape {tuple(p.shape)} by its "
-                                    f"config.json; the weights hold {got}")
-                p.copy_(w)
+        for key, p in model.state_dict().items():  # they share the parameters' memory
+            w = state.pop(key, None)
+            if w is not None and key.endswith(CONV1D):
+                w = w.t()  # GPT-2 was trained with weights of shape (in, out)
+            if w is None or w.shape != p.shape:
+                got = "nothing" if w is None else f"shape {tuple(w.shape)}"
+                raise UserError(f"{folder}: {key} should have shape {tuple(p.shape)} by its "
+                                f"config.json; the weights hold {got}")
+            p.copy_(w)
         if state:
             raise UserError(f"{folder}: {len(state)} weights that GPT-2 does not have, the first "
                             f"{next(iter(state))}")
         return model
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write config.json and model.safetensors, as AutoModelForCausalLM.from_pretrained reads."""
+        """Write config.json and model.safetensors, for AutoModelForCausalLM.from_pretrained."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         c = self.config
@@ -266,22 +265,18 @@ class GPT(nn.Module):
             torch_dtype="float32", bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
         header, blobs, offset = {"__metadata__": {"format": "pt"}}, [], 0
         for key, p in self.state_dict().items():
-            p = p.detach().float().cpu()
-            blob = (p.t() if key.endswith(CONV1D) else p).contiguous()
+            blobs.append((p.t() if key.endswith(CONV1D) else p).float().cpu().contiguous())
+            end = offset + 4 * p.numel()
             header["transformer." + key] = dict(
-                dtype="F32", shape=list(blob.shape), data_offsets=[offset, offset + 4 * p.numel()])
-            blobs.append(blob)
-            offset += 4 * p.numel()
+                dtype="F32", shape=list(blobs[-1].shape), data_offsets=[offset, end])
+            offset = end
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)  # tensors start on 8 bytes
 
-        def write(file):
-            file.write(struct.pack("<Q", len(head)) + head)
-            for blob in blobs:
-                file.write(blob.numpy().tobytes())
-
-        write_whole(folder / "model.safetensors", write)
-        write_whole(folder / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+        text = json.dumps(config, indent=1).encode()
+        write_whole(folder / "model.safetensors", lambda file: file.writelines(
+            [struct.pack("<Q", len(head)), head, *(blob.numpy() for blob in blobs)]))
+        write_whole(folder / "config.json", lambda file: file.write(text))
 
 
 def project(h, w):
@@ -341,8 +336,8 @@ def pad_rows(prompts, completions, fill=0):
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One token a row by inverse CDF: logits (B, V), uniforms u (B,) in [0, 1) -> (B,).
 
-    The first token whose cumulative probability exceeds u: one pass, where torch.multinomial
-    draws V exponentials a row.
+    The first token whose cumulative probability exceeds u. torch.multinomial would draw V
+    exponentials a row, which on a CPU takes longer than all the rest of a step.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -360,33 +355,37 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     # A cumulative sum over V is slow: first over blocks, then within the block that was hit.
     blocks = F.pad(probs, (0, -probs.size(-1) % 256)).unflatten(-1, (-1, 256))  # (B, V / 256, 256)
     block, u = search(blocks.sum(-1), u[:, None])
-    inside, _ = search(blocks[torch.arange(len(u)), block[:, 0]], u)
+    inside, _ = search(blocks.take_along_dim(block[:, :, None], 1)[:, 0], u)
     return (256 * block + inside)[:, 0]
 
 
 def search(weights, x):
-    """The first index whose cumulative weight exceeds x, and what of x is left there: (B, 1) each."""
-    cdf = weights.cumsum(-1)
+    """The first index whose cumulative weight exceeds x, and what of x is left there: (B, 1)."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)  # a GPU's float32 sums need not be monotone
     total = cdf[:, -1:]
-    x = torch.minimum(x, total.nextafter(torch.zeros_like(total)))  # rounding could lead past the end
+    x = torch.minimum(x, total.nextafter(torch.zeros_like(total)))  # rounding: never past the end
     at = torch.searchsorted(cdf, x, right=True)
     return at, x - F.pad(cdf, (1, 0)).gather(-1, at)
 
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 
 
 def download_gpt2(name: str, cache: Path) -> Path:
-    """config.json and model.safetensors of `name` under cache/name, fetched once."""
+    """config.json and model.safetensors of `name` under cache/name, fetched once.
+
+    torch.hub writes beside the target and renames, so that a kill leaves no half file by its name.
+    """
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).exists():
             url = GPT2_URL.format(name=name, file=file)
             try:
-                torch.hub.download_url_to_file(url, str(folder / file))
+                torch.hub.download_url_to_file(url, str(folder / file), None, sys.stderr.isatty())
             except OSError as e:
                 raise UserError(f"could not download {url} ({e}): put config.json and "
                                 f"model.safetensors of {name} into {folder}") from None
@@ -400,40 +399,44 @@ def read_config(folder: Path) -> dict:
         config = dict(vocab_size=raw["vocab_size"], n_ctx=raw["n_positions"], n_embd=raw["n_embd"],
                       n_layer=raw["n_layer"], n_head=raw["n_head"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give one "
-                        f"of {', '.join(GPT2_NAMES)} or a folder with one") from None
+        raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give "
+                        f"one of {', '.join(GPT2_NAMES)} or a folder with one") from None
+    if raw.get("n_inner") == 4 * raw["n_embd"]:
+        raw["n_inner"] = None  # the default, spelled out
     wanted = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
                   n_inner=None, scale_attn_weights=True, tie_word_embeddings=True,
                   scale_attn_by_inverse_layer_idx=False)
     for key, value in wanted.items():
-        if raw.get(key, value) not in (value, 4 * raw["n_embd"] if key == "n_inner" else value):
+        if raw.get(key, value) != value:
             raise UserError(f"{folder}/config.json: {key} is {raw[key]!r}; GPT-2's is {value!r}")
     return config
 
 
 def read_weights(folder: Path) -> dict:
     """The tensors of model.safetensors (8-byte length, JSON, raw bytes) or pytorch_model.bin."""
-    path = folder / "model.safetensors"
+    path, pickled = (folder / name for name in WEIGHTS)
     if not path.exists():
-        if not (folder / "pytorch_model.bin").exists():
-            raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-        return load_tensors(folder / "pytorch_model.bin")
+        if not pickled.exists():
+            raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
+        tensors = load_tensors(pickled)
+        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+            raise UserError(f"{pickled} does not hold tensors by name")
+        return tensors
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
               "BOOL": torch.bool, "U8": torch.uint8}
-    raw = bytearray(path.read_bytes())
     try:
+        with os_errors("read", path), open(path, "rb") as file:
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         length = struct.unpack("<Q", raw[:8])[0]
-        header = json.loads(raw[8 : 8 + length])
+        header = dict(json.loads(raw[8 : 8 + length]))
         header.pop("__metadata__", None)
         data, tensors = memoryview(raw)[8 + length :], {}
         for key, item in header.items():
-            a, b = item["data_offsets"]
-            if b > len(data):
-                raise ValueError(f"{key} ends past the file")
-            dtype = dtypes[item["dtype"]]
-            tensors[key] = torch.frombuffer(data[a:b], dtype=dtype).view(item["shape"])
-    except (ValueError, KeyError, struct.error, RuntimeError) as e:
-        raise UserError(f"{path} is truncated or no safetensors file ({e}): fetch it again") from None
+            flat = torch.frombuffer(data[slice(*item["data_offsets"])], dtype=dtypes[item["dtype"]])
+            tensors[key] = flat.view(item["shape"])
+    except (ValueError, KeyError, TypeError, struct.error, RuntimeError) as e:
+        raise UserError(f"{path} is truncated or no safetensors file ({e}): delete it, and fetch "
+                        "it again") from None
     return tensors
 
 
@@ -451,13 +454,20 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.n < 1 or args.max_new < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UserError("give -n and --max-new from 1, --temperature from 0, --top-p in (0, 1]")
     run = Path(args.checkpoint)
     if (run / "model.pt").exists():
-        model, enc = GPT.load(run / "model.pt"), data_imdb.load_encoding(run / "bpe.tiktoken")
-    elif args.checkpoint in GPT2_NAMES or (run / "config.json").exists():
-        model, enc = GPT.from_pretrained(args.checkpoint), data_imdb.gpt2_encoding()
+        model = GPT.load(run / "model.pt")
+    elif args.checkpoint in GPT2_NAMES or any((run / name).exists() for name in WEIGHTS):
+        model = GPT.from_pretrained(args.checkpoint)
     else:
-        raise UserError(f"{run} holds no model: first run  python train.py --stage sft")
+        raise UserError(f"{run} holds no finished model: run  python train.py --stage sft")
+    ranks = run / "bpe.tiktoken"
+    enc = data_imdb.load_encoding(ranks) if ranks.exists() else data_imdb.gpt2_encoding()
+    if enc.n_vocab != model.config.vocab_size:
+        raise UserError(f"{run} has {model.config.vocab_size} tokens, its tokenizer {enc.n_vocab}: "
+                        f"put the one that it was trained with at {ranks}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = [enc.eot_token] + enc.encode_ordinary(args.prompt)
     if len(prompt) >= model.config.n_ctx:

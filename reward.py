@@ -100,7 +100,8 @@ class SentimentReward:
             if idx.size(1) > n_ctx:
                 raise UserError(f"a text of {idx.size(1)} tokens; the reward model reads {n_ctx}: "
                                 "raise --reward-ctx")
-            out.append(self.model(idx.to(device), lengths.to(device)).sigmoid().cpu())
+            with torch.autocast(device.type, enabled=False):  # one judge, whoever asks
+                out.append(self.model(idx.to(device), lengths.to(device)).sigmoid().cpu())
         return torch.cat(out)
 
 

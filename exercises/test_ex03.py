@@ -1,0 +1,79 @@
+"""Checks of exercise 03: Eq. 7 in index form."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from grading import near, normal, same_shape
+
+B, N, BETA = 8, 4, 0.3
+
+
+def draw(rng):
+    """log π_θ (B,), log π_ref (B,), and N pairs of different completions, in no order."""
+    pairs = torch.randperm(B, generator=rng).view(N, 2)
+    return normal(rng, B) - 30, normal(rng, B) - 30, pairs[:, 0], pairs[:, 1]
+
+
+def test_losses_of_pairs_and_rewards_of_completions(impl, rng):
+    losses, rewards = impl.dpo_loss(*draw(rng), BETA)
+    same_shape(losses, (N,), "one loss a pair, not their mean: the loop divides once")
+    same_shape(rewards, (B,), "one reward a completion, not one a pair")
+
+
+def test_the_reference_costs_log_2(impl, rng):
+    _, ref, yw, yl = draw(rng)
+    losses, _ = impl.dpo_loss(ref, ref, yw, yl, BETA)
+    near(losses[1:], losses[:-1], "π_θ = π_ref must cost log 2 on every pair, and the pairs "
+         "differ: is π_ref in the loss?")
+    near(losses, math.log(2), f"π_θ = π_ref must cost log 2 = 0.6931 on every pair, got "
+         f"{losses[0]:.4f}: β scales the margin inside σ, not the loss")
+
+
+def test_pairs_go_by_their_indices(impl, rng):
+    pi, ref, yw, yl = draw(rng)
+    order = torch.randperm(B, generator=rng)
+    place = order.argsort()  # where completion b has gone
+    near(impl.dpo_loss(pi[order], ref[order], place[yw], place[yl], BETA)[0],
+         impl.dpo_loss(pi, ref, yw, yl, BETA)[0], "the completions in another order, with indices "
+         "to match, changed the losses: yw_idxs and yl_idxs name a pair, not halves of the batch")
+
+
+def test_raising_the_winner_lowers_the_loss(impl, rng):
+    pi, ref, yw, yl = draw(rng)
+    before, _ = impl.dpo_loss(pi, ref, yw, yl, BETA)
+    for n in range(N):
+        raised = pi.clone()
+        raised[yw[n]] += 1
+        assert impl.dpo_loss(raised, ref, yw, yl, BETA)[0][n] < before[n], \
+            "raising log π(y_w) raised the loss: sign or indices swapped"
+
+
+def test_beta_multiplies_the_margin(impl, rng):
+    pi, ref, yw, yl = draw(rng)
+    near(impl.dpo_loss(pi, ref, yw, yl, 2 * BETA)[0],
+         impl.dpo_loss(ref + 2 * (pi - ref), ref, yw, yl, BETA)[0],
+         "2β with h must cost what β with 2h costs: is β missing from the margin?")
+
+
+def test_rewards_are_those_of_the_loss(impl, rng):
+    pi, ref, yw, yl = draw(rng)
+    losses, rewards = impl.dpo_loss(pi, ref, yw, yl, BETA)
+    near(losses, -F.logsigmoid(rewards[yw] - rewards[yl]), "Eq. 2 with the rewards that you return "
+         "must be your loss: r̂ = β (log π_θ - log π_ref), is β in the rewards?")
+
+
+def test_losses_have_a_gradient_and_rewards_have_none(impl, rng):
+    pi, ref, yw, yl = draw(rng)
+    losses, rewards = impl.dpo_loss(pi.requires_grad_(), ref, yw, yl, BETA)
+    assert losses.requires_grad, "the losses have no gradient: detach what you return as " \
+        "rewards, not what the loss is made of"
+    assert not rewards.requires_grad, "the rewards carry a gradient: detach them, they are for " \
+        "the eye and keep the whole graph alive"
+
+
+def test_a_badly_wrong_pair_has_a_finite_loss(impl):
+    pi, ref = torch.tensor([-5000.0, -10.0]), torch.tensor([-10.0, -10.0])
+    losses, _ = impl.dpo_loss(pi, ref, torch.tensor([0]), torch.tensor([1]), 1.0)
+    near(losses, torch.tensor([4990.0]), f"a pair wrong by 4990 nats must cost 4990, got "
+         f"{losses[0]:g}: log(sigmoid(x)) is log 0 there, logsigmoid(x) is x", 1e-2)

@@ -1,0 +1,238 @@
+"""Speed beside installed peers, in one run: DPO against TRL, sampling and LM training against
+transformers. A program, not a test.
+
+    pip install -r requirements.txt -r requirements-bench.txt
+    python tests/bench.py                       # every row: about twenty minutes, 12 GB
+    python tests/bench.py dpo-small lm-small    # some rows
+
+Float32, one thread, GPT-2's vocabulary, equal weights and data on both sides, which take turns;
+a number is the median of its turns. Each row prints ours, theirs, their ratio and the target.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# glibc gives a large tensor's memory back to the system at every free, and then clears its pages
+# again at the next use. With big logits that slows the peers up to threefold and would flatter us;
+# so both sides run in a process that keeps its memory. Read at a process's start: hence the exec.
+SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40),
+            "MALLOC_TOP_PAD_": str(2**26), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SIZES = {"small": dict(n_layer=4, n_head=4, n_embd=128),
+         "124M": dict(n_layer=12, n_head=12, n_embd=768)}
+TARGETS = {"dpo-small": 7.0, "sample-small": 4.0, "lm-small": 1.0,
+           "dpo-124M": 4.5, "sample-124M": 1.5, "lm-124M": 1.0}
+UNITS = {"dpo": "pairs/s", "sample": "new tokens/s", "lm": "tokens/s"}
+
+
+def models(size: str, folder: Path):
+    """Our GPT and transformers' GPT2LMHeadModel with the same random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gpt import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(**SIZES[size]))
+    ours.save_pretrained(folder)
+    return ours, AutoModelForCausalLM.from_pretrained(folder)
+
+
+def turns(ours, theirs, n: int) -> tuple[list[float], list[float]]:
+    """Seconds of n calls of each, in turn, after one of each that does not count."""
+    seconds = [], []
+    for _ in range(n + 1):
+        for work, out in zip((ours, theirs), seconds):
+            began = time.process_time()
+            work()
+            out.append(time.process_time() - began)
+    return seconds[0][1:], seconds[1][1:]
+
+
+def preferences(V: int):
+    """16 prompts of 3 to 9 tokens, each with 4 completions of 32 to 64 of which one is preferred to
+    the next: 6 pairs a prompt, 96 in all. Ids are random: speed does not read."""
+    import numpy as np
+
+    from data_imdb import Groups
+
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, V, rng.integers(3, 10)).tolist() for _ in range(16)]
+    completions = [[rng.integers(0, V, rng.integers(32, 65)).tolist() for _ in range(4)]
+                   for _ in prompts]
+    return Groups(prompts, completions, rng.random((16, 4), dtype=np.float32), True)
+
+
+def bench_dpo(size: str, n: int, folder: Path):
+    """One optimizer step on 96 pairs. Ours as in train.fit, reference log-probs computed beforehand
+    as the stage `groups` does; theirs as DPOTrainer does by default, but in float32 and with all 96
+    pairs in one batch: gradient checkpointing, and the reference model in every step."""
+    import copy
+
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    import dpo
+    import train
+    from presets import Settings
+
+    reference, their_reference = models(size, folder / "reference")
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():  # where π_θ = π_ref the loss is log 2 whatever else is wrong
+        for p in policy.parameters():
+            p.add_(torch.randn_like(p), alpha=0.01)
+    policy.save_pretrained(folder / "policy")
+    their_policy = type(their_reference).from_pretrained(folder / "policy")
+
+    groups, picks, s = preferences(policy.config.vocab_size), range(16), Settings(beta=0.1)
+    batch = train.preference_batch(groups, torch.zeros(16, 4), list(picks))
+    mask = dpo.completion_mask(batch["prompt_lens"], batch["lengths"], batch["idx"].size(1))
+    with torch.no_grad():
+        ref_logps = dpo.completion_logps(reference.token_logps(batch["idx"], mask),
+                                         batch["prompt_lens"], batch["lengths"]).view(16, 4)
+    o = train.Optim(n, 1e-6, 0, "constant", "adamw", clip=1.0)
+    optimizer, loss_fn = train.make_optimizer(o, policy), train.preference_loss(s, dpo.load_weight("sigmoid"))
+    losses, their_losses, seconds, their_seconds = [], [], [], []
+
+    def step():
+        began = time.process_time()
+        micro = train.preference_batch(groups, ref_logps, list(picks))
+        loss, _ = loss_fn(policy, micro)
+        loss = loss / len(micro["yw_idxs"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), o.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        seconds.append(time.process_time() - began)
+
+    class Turns(TrainerCallback):
+        """Times the peer from one step's end to the next; between them, ours has its turn."""
+
+        def on_train_begin(self, *args, **kwargs):
+            self.began = time.process_time()
+
+        def on_step_end(self, *args, **kwargs):
+            their_seconds.append(time.process_time() - self.began)
+            step()
+            self.began = time.process_time()
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # token ids already
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            their_losses.append(float(loss.detach()))
+            return loss
+
+    yw, yl = batch["yw_idxs"].tolist(), batch["yl_idxs"].tolist()
+    flat = [c for cs in groups.completion_ids for c in cs]
+    rows = Dataset.from_list([dict(prompt_ids=groups.prompt_ids[w // 4], chosen_ids=flat[w],
+                                   rejected_ids=flat[l]) for w, l in zip(yw, yl)])
+    tokenizer = PreTrainedTokenizerFast(  # only its padding id is used
+        tokenizer_object=Tokenizer(tokenizer_models.WordLevel({"<pad>": 0}, "<pad>")),
+        eos_token="<pad>", pad_token="<pad>")
+    Trainer(their_policy, their_reference, processing_class=tokenizer, train_dataset=rows,
+            callbacks=[Turns()], args=DPOConfig(
+                output_dir=str(folder / "out"), max_steps=n + 1, per_device_train_batch_size=96,
+                bf16=False, use_cpu=True, beta=s.beta, learning_rate=o.lr, report_to=[],
+                save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)).train()
+    assert abs(losses[0] - their_losses[0]) < 1e-4, \
+        f"the first batch's loss is {losses[0]} here and {their_losses[0]} there"
+    print(f"  first loss {losses[0]:.6f} and {their_losses[0]:.6f} (log 2 is 0.693147)")
+    return 96, seconds[1:], their_seconds[1:]
+
+
+def bench_sample(size: str, n: int, folder: Path):
+    """64 rows × 64 new tokens after 8-token prompts of equal length, so that `generate` need not
+    pad; temperature 1, nothing filtered, no row ends early; both with their KV cache."""
+    import torch
+
+    ours, theirs = models(size, folder)
+    prompts = torch.randint(ours.config.vocab_size, (64, 8))
+    theirs.eval()
+
+    def generate():
+        out = theirs.generate(prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                              max_new_tokens=64, eos_token_id=None, pad_token_id=0, use_cache=True)
+        assert out.shape == (64, 72)
+
+    def sample():
+        out = ours.sample(prompts.tolist(), 64, eos=-1, seed=0)
+        assert [len(row) for row in out] == [64] * 64
+
+    return 64 * 64, *turns(sample, generate, n)
+
+
+def bench_lm(size: str, n: int, folder: Path):
+    """One optimizer step on 8 × 256 tokens; theirs is the plain loop over model(idx, labels=idx)."""
+    import torch
+
+    import train
+
+    ours, theirs = models(size, folder)
+    idx = torch.randint(ours.config.vocab_size, (8, 256))
+    mask = torch.ones_like(idx, dtype=torch.bool)
+    mask[:, 0] = False
+    o = train.Optim(n, 1e-4, 0, "constant", "adamw", 0.01)
+    ours.train(), theirs.train()
+    theirs.config.use_cache = False
+    for dropout in (m for m in theirs.modules() if isinstance(m, torch.nn.Dropout)):
+        assert dropout.p == 0, "save_pretrained should have written dropout 0"
+
+    def stepper(model, loss_of):
+        optimizer, losses = train.make_optimizer(o, model), []
+
+        def step():
+            loss = loss_of(model)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+
+        return step, losses
+
+    step, losses = stepper(ours, lambda model: train.lm_loss(
+        model, dict(idx=idx, mask=mask))[0] / int(mask.sum()))
+    their_step, their_losses = stepper(theirs, lambda model: model(idx, labels=idx).loss)
+    seconds = turns(step, their_step, n)
+    assert abs(losses[0] - their_losses[0]) < 1e-4, (losses[0], their_losses[0])
+    return int(mask.sum()), *seconds
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(TARGETS)}; none: all")
+    parser.add_argument("--turns", type=int, default=0, help="timed turns; 0: 7 small, 2 at 124M")
+    args = parser.parse_args(argv)
+    if unknown := set(args.rows) - set(TARGETS):
+        parser.error(f"no row {', '.join(unknown)}; rows: {', '.join(TARGETS)}")
+    if any(os.environ.get(k) != v for k, v in SETTINGS.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SETTINGS)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+
+    torch.set_num_threads(1)
+    work = {"dpo": bench_dpo, "sample": bench_sample, "lm": bench_lm}
+    for row in args.rows or TARGETS:
+        what, size = row.split("-")
+        with tempfile.TemporaryDirectory() as folder:
+            terms, ours, theirs = work[what](size, args.turns or (7 if size == "small" else 2),
+                                             Path(folder))
+        a, b = (terms / statistics.median(s) for s in (ours, theirs))
+        print(f"{row:<14}{a:>10.1f} {UNITS[what]:<13} peer {b:>9.1f}   ratio {a / b:>6.2f}   "
+              f"target {TARGETS[row]:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
