@@ -146,10 +146,10 @@ class GPT(nn.Module):
         """Continue each prompt until `eos`, `max_new` tokens or the end of the context.
 
         prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn
-        (-1: never). temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing. `rows`
-        prompts run at once; `progress(n)` hears of each n completions made. Row i's token s uses
-        the uniform u[i, s], drawn up front from `seed`, so that a completion does not depend on
-        how rows are batched, and two policies meet the same luck (common random numbers).
+        (-1: never). temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing.
+        `rows` prompts run at once; `progress(n)` hears of each n completions made. Row i's token s
+        uses the uniform u[i, s], drawn up front from `seed`, so that a completion does not depend
+        on how rows are batched, and two policies meet the same luck (common random numbers).
         Raises ValueError for a prompt that is empty or leaves no room in the context.
         """
         for prompt in prompts:
@@ -352,11 +352,14 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         out = probs.cumsum(-1) - probs >= top_p  # the mass before a token: the first always stays
         logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
     probs = logits.softmax(-1)
-    # A cumulative sum over V is slow: first over blocks, then within the block that was hit.
-    blocks = F.pad(probs, (0, -probs.size(-1) % 256)).unflatten(-1, (-1, 256))  # (B, V / 256, 256)
-    block, u = search(blocks.sum(-1), u[:, None])
-    inside, _ = search(blocks.take_along_dim(block[:, :, None], 1)[:, 0], u)
-    return (256 * block + inside)[:, 0]
+    # A cumulative sum over V is slow: first over blocks of 256, then within the block that was hit.
+    V, n = probs.size(-1), probs.size(-1) // 256
+    blocks = probs[:, : 256 * n].unflatten(-1, (n, 256)).sum(-1)
+    rest = probs[:, 256 * n :].sum(-1, keepdim=True)
+    block, u = search(torch.cat([blocks, rest], -1), u[:, None])
+    tokens = 256 * block + torch.arange(256, device=u.device)  # (B, 256)
+    inside, _ = search(probs.gather(-1, tokens.clamp(max=V - 1)) * (tokens < V), u)
+    return tokens.gather(-1, inside)[:, 0]
 
 
 def search(weights, x):
@@ -375,10 +378,7 @@ GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 
 
 def download_gpt2(name: str, cache: Path) -> Path:
-    """config.json and model.safetensors of `name` under cache/name, fetched once.
-
-    torch.hub writes beside the target and renames, so that a kill leaves no half file by its name.
-    """
+    """cache/name with its two files, fetched once; whole or not at all, as torch.hub renames."""
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):
@@ -401,10 +401,9 @@ def read_config(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give "
                         f"one of {', '.join(GPT2_NAMES)} or a folder with one") from None
-    if raw.get("n_inner") == 4 * raw["n_embd"]:
-        raw["n_inner"] = None  # the default, spelled out
+    raw["n_inner"] = raw.get("n_inner") or 4 * raw["n_embd"]
     wanted = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                  n_inner=None, scale_attn_weights=True, tie_word_embeddings=True,
+                  n_inner=4 * raw["n_embd"], scale_attn_weights=True, tie_word_embeddings=True,
                   scale_attn_by_inverse_layer_idx=False)
     for key, value in wanted.items():
         if raw.get(key, value) != value:

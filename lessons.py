@@ -112,7 +112,8 @@ def report_inspect(ctx: Context) -> None:
     print("\n" + (folder / "inspect.txt").read_text())
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
-          f"correlation within a prompt {table['rank_correlation']:.3f}\npicture: {folder / 'inspect.png'}")
+          f"correlation within a prompt {table['rank_correlation']:.3f}\n"
+          f"picture: {folder / 'inspect.png'}")
 
 
 # ------------------------------------------------------------------------------ degenerate

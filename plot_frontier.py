@@ -1,15 +1,19 @@
-"""JSONL in, figures out: the training curves of a run, and the reward-KL frontier.
+"""JSONL in, figures out: training curves, the lessons' figures. The frontier will be drawn here.
+
+    python plot_frontier.py out/toy/dpo --groups out/toy/groups      draws the curves again
 
 Needs numpy and matplotlib alone. Knows nothing of models: it reads what runs have written.
 """
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot: files, never windows
 
-from runs import write_whole
+from runs import main_exit, os_errors, write_whole
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -152,3 +156,17 @@ def smooth(values: list[float]) -> np.ndarray:
     """A running mean over a twentieth of the run, shorter at its ends; a short run as it is."""
     kernel = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw a dpo run's curves.png again.")
+    parser.add_argument("run", nargs="?", type=Path, default=Path("out/toy/dpo"))
+    parser.add_argument("--groups", type=Path, default=Path("out/toy/groups"),
+                        help="the groups that it learnt from (default: %(default)s)")
+    args = parser.parse_args(argv)
+    with os_errors("read", args.run):
+        print(training_curves(args.run, args.groups / "reference.json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main_exit(main))

@@ -37,7 +37,7 @@ class Settings:
                          " fp32 on a CPU", ("auto", "fp32", "bf16", "fp16"))
     compile: bool = opt("model", False, "torch.compile the model")
     # ---- sft: reviews -> π_ref
-    sft_steps: int = opt("sft", 1_000, "optimizer steps", low=1)
+    sft_steps: int = opt("sft", 900, "optimizer steps", low=1)
     sft_batch: int = opt("sft", 32, "windows a step", low=1)
     sft_accum: int = opt("run", 1, "micro-batches a step: same result, less memory", low=1)
     sft_lr: float = opt("sft", 1.2e-2, "peak; tiny models want ten times GPT-2's")
@@ -55,7 +55,7 @@ class Settings:
     # ---- groups: π_ref's samples, judged
     groups: str = opt("groups", "", "other people's preferences instead: a JSONL file")
     reference: str = opt("groups", "", "the π_ref of that file: a run or Hugging Face folder")
-    prompts: int = opt("groups", 10_000, "prompts (the paper's 25,000)", low=10)
+    prompts: int = opt("groups", 7_500, "prompts (the paper's 25,000)", low=10)
     completions: int = opt("groups", 4, "completions a prompt, K: 4 give 6 pairs (C.1)", low=2)
     max_new: int = opt("groups", 64, "tokens a completion may have", low=1)
     eval_prompts: int = opt("groups", 384, "held-out prompts that every policy is judged on", low=2)
@@ -66,7 +66,7 @@ class Settings:
     weight: str = opt("dpo", "sigmoid", "importance weight: sigmoid is DPO; constant, hinge, "
                       "indicator, ipo, cdpo, exponential, or FILE.py:FUNCTION")
     beta: float = opt("dpo", 1.5, "β: how dear a nat of KL is; the paper's 0.1 over-optimises here")
-    dpo_steps: int = opt("dpo", 650, "optimizer steps", low=1)
+    dpo_steps: int = opt("dpo", 600, "optimizer steps", low=1)
     dpo_batch: int = opt("dpo", 22, "groups a step of 6 pairs: 11 are the paper's 64", low=1)
     dpo_accum: int = opt("run", 1, "micro-batches a step: same result, less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))

@@ -12,20 +12,25 @@ B sequences, T tokens, G groups, K completions a prompt, N pairs.
 import functools
 import hashlib
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from tqdm import tqdm
+# before torch: threads that wait asleep. Spinning ones lose little on an idle machine, but where
+# another program takes one of two cores they were 60 times slower than a single thread.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import data_imdb
-import dpo
-from gpt import pad_rows
-from presets import Settings
-from runs import Run, UserError
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import data_imdb  # noqa: E402
+import dpo  # noqa: E402
+from gpt import pad_rows  # noqa: E402
+from presets import Settings  # noqa: E402
+from runs import Run, UserError  # noqa: E402
 
 
 class Interrupted(Exception):

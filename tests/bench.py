@@ -2,11 +2,12 @@
 transformers. A program, not a test.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python tests/bench.py                       # every row: about twenty minutes, 12 GB
+    python tests/bench.py                       # every row: half an hour on one core, 12 GB
     python tests/bench.py dpo-small lm-small    # some rows
 
 Float32, one thread, GPT-2's vocabulary, equal weights and data on both sides, which take turns;
-a number is the median of its turns. Each row prints ours, theirs, their ratio and the target.
+a number is the median of its turns, in seconds of CPU, so that a busy machine's other work does
+not count. Each row prints ours, theirs, their ratio and the target.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 # glibc gives a large tensor's memory back to the system at every free, and then clears its pages
@@ -68,21 +70,90 @@ def preferences(V: int):
     return Groups(prompts, completions, rng.random((16, 4), dtype=np.float32), True)
 
 
-def bench_dpo(size: str, n: int, folder: Path):
-    """One optimizer step on 96 pairs. Ours as in train.fit, reference log-probs computed beforehand
-    as the stage `groups` does; theirs as DPOTrainer does by default, but in float32 and with all 96
-    pairs in one batch: gradient checkpointing, and the reference model in every step."""
-    import copy
-
+def our_dpo(policy, reference, groups, beta: float, lr: float):
+    """step() -> the loss: one step of train.fit; reference log-probs once, as by stage `groups`."""
     import torch
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models as tokenizer_models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
 
     import dpo
     import train
     from presets import Settings
+
+    picks, K = list(range(len(groups.prompt_ids))), len(groups.completion_ids[0])
+    batch = train.preference_batch(groups, torch.zeros(len(picks), K), picks)
+    lens = batch["prompt_lens"], batch["lengths"]
+    with torch.no_grad():
+        mask = dpo.completion_mask(*lens, batch["idx"].size(1))
+        ref_logps = dpo.completion_logps(reference.token_logps(batch["idx"], mask), *lens)
+    o = train.Optim(1, lr, 0, "constant", "adamw", clip=1.0)
+    optimizer = train.make_optimizer(o, policy)
+    loss_fn = train.preference_loss(Settings(beta=beta), dpo.load_weight("sigmoid"))
+
+    def step() -> float:
+        micro = train.preference_batch(groups, ref_logps.view(-1, K), picks)
+        loss, log = loss_fn(policy, micro)
+        (loss / len(micro["yw_idxs"])).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), o.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        train.summary({key: [value] for key, value in log.items()})
+        return loss.item() / len(micro["yw_idxs"])
+
+    return step
+
+
+def their_dpo(policy, reference, groups, beta: float, lr: float, n: int, folder: Path, turn):
+    """n steps of DPOTrainer, with turn() after each: the losses, and the seconds between turns."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    import dpo
+
+    losses, seconds, began = [], [], []
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            began.append(time.process_time())
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(time.process_time() - began[-1])
+            turn()
+            began.append(time.process_time())
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # token ids already
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards))
+    flat, K = [c for cs in groups.completion_ids for c in cs], len(groups.completion_ids[0])
+    rows = [dict(prompt_ids=groups.prompt_ids[w // K], chosen_ids=flat[w], rejected_ids=flat[l])
+            for w, l in zip(yw.tolist(), yl.tolist())]
+    tokenizer = PreTrainedTokenizerFast(  # only its padding id is used
+        tokenizer_object=Tokenizer(tokenizer_models.WordLevel({"<pad>": 0}, "<pad>")),
+        eos_token="<pad>", pad_token="<pad>")
+    config = DPOConfig(output_dir=str(folder), max_steps=n, per_device_train_batch_size=len(rows),
+                       bf16=False, use_cpu=True, beta=beta, learning_rate=lr, report_to=[],
+                       save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+    trainer = Trainer(policy, reference, args=config, processing_class=tokenizer,
+                      train_dataset=Dataset.from_list(rows), callbacks=[Turns()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return losses, seconds
+
+
+def bench_dpo(size: str, n: int, folder: Path):
+    """One optimizer step on 96 pairs. Theirs as DPOTrainer does by default (gradient checkpointing,
+    the reference model in every step), but in float32 and with all pairs in one batch."""
+    import copy
+
+    import torch
 
     reference, their_reference = models(size, folder / "reference")
     policy = copy.deepcopy(reference)
@@ -91,64 +162,18 @@ def bench_dpo(size: str, n: int, folder: Path):
             p.add_(torch.randn_like(p), alpha=0.01)
     policy.save_pretrained(folder / "policy")
     their_policy = type(their_reference).from_pretrained(folder / "policy")
+    groups, losses, seconds = preferences(policy.config.vocab_size), [], []
+    step = our_dpo(policy, reference, groups, 0.1, 1e-6)
 
-    groups, picks, s = preferences(policy.config.vocab_size), range(16), Settings(beta=0.1)
-    batch = train.preference_batch(groups, torch.zeros(16, 4), list(picks))
-    mask = dpo.completion_mask(batch["prompt_lens"], batch["lengths"], batch["idx"].size(1))
-    with torch.no_grad():
-        ref_logps = dpo.completion_logps(reference.token_logps(batch["idx"], mask),
-                                         batch["prompt_lens"], batch["lengths"]).view(16, 4)
-    o = train.Optim(n, 1e-6, 0, "constant", "adamw", clip=1.0)
-    optimizer, loss_fn = train.make_optimizer(o, policy), train.preference_loss(s, dpo.load_weight("sigmoid"))
-    losses, their_losses, seconds, their_seconds = [], [], [], []
-
-    def step():
+    def turn():
         began = time.process_time()
-        micro = train.preference_batch(groups, ref_logps, list(picks))
-        loss, _ = loss_fn(policy, micro)
-        loss = loss / len(micro["yw_idxs"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), o.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses.append(step())
         seconds.append(time.process_time() - began)
 
-    class Turns(TrainerCallback):
-        """Times the peer from one step's end to the next; between them, ours has its turn."""
-
-        def on_train_begin(self, *args, **kwargs):
-            self.began = time.process_time()
-
-        def on_step_end(self, *args, **kwargs):
-            their_seconds.append(time.process_time() - self.began)
-            step()
-            self.began = time.process_time()
-
-    class Trainer(DPOTrainer):
-        def _prepare_dataset(self, dataset, *args):
-            return dataset  # token ids already
-
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            their_losses.append(float(loss.detach()))
-            return loss
-
-    yw, yl = batch["yw_idxs"].tolist(), batch["yl_idxs"].tolist()
-    flat = [c for cs in groups.completion_ids for c in cs]
-    rows = Dataset.from_list([dict(prompt_ids=groups.prompt_ids[w // 4], chosen_ids=flat[w],
-                                   rejected_ids=flat[l]) for w, l in zip(yw, yl)])
-    tokenizer = PreTrainedTokenizerFast(  # only its padding id is used
-        tokenizer_object=Tokenizer(tokenizer_models.WordLevel({"<pad>": 0}, "<pad>")),
-        eos_token="<pad>", pad_token="<pad>")
-    Trainer(their_policy, their_reference, processing_class=tokenizer, train_dataset=rows,
-            callbacks=[Turns()], args=DPOConfig(
-                output_dir=str(folder / "out"), max_steps=n + 1, per_device_train_batch_size=96,
-                bf16=False, use_cpu=True, beta=s.beta, learning_rate=o.lr, report_to=[],
-                save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)).train()
-    assert abs(losses[0] - their_losses[0]) < 1e-4, \
-        f"the first batch's loss is {losses[0]} here and {their_losses[0]} there"
-    print(f"  first loss {losses[0]:.6f} and {their_losses[0]:.6f} (log 2 is 0.693147)")
+    their_losses, their_seconds = their_dpo(their_policy, their_reference, groups, 0.1, 1e-6, n + 1,
+                                            folder / "out", turn)
+    print(f"  first loss {losses[0]:.6f}, theirs {their_losses[0]:.6f}; log 2 is 0.693147")
+    assert abs(losses[0] - their_losses[0]) < 1e-4, "not the same loss"
     return 96, seconds[1:], their_seconds[1:]
 
 
@@ -174,7 +199,7 @@ def bench_sample(size: str, n: int, folder: Path):
 
 
 def bench_lm(size: str, n: int, folder: Path):
-    """One optimizer step on 8 × 256 tokens; theirs is the plain loop over model(idx, labels=idx)."""
+    """One optimizer step on 8 × 256 tokens; theirs is the plain loop on model(idx, labels=idx)."""
     import torch
 
     import train
@@ -212,7 +237,7 @@ def bench_lm(size: str, n: int, folder: Path):
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(TARGETS)}; none: all")
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"{', '.join(TARGETS)}; none: all")
     parser.add_argument("--turns", type=int, default=0, help="timed turns; 0: 7 small, 2 at 124M")
     args = parser.parse_args(argv)
     if unknown := set(args.rows) - set(TARGETS):
@@ -221,8 +246,12 @@ def main(argv=None) -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SETTINGS)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
+    import transformers
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     work = {"dpo": bench_dpo, "sample": bench_sample, "lm": bench_lm}
     for row in args.rows or TARGETS:
         what, size = row.split("-")

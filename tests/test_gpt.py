@@ -43,8 +43,9 @@ def largest(a, b) -> float:
 # ------------------------------------------------------------------------------ architecture
 
 
-@pytest.mark.parametrize("shape, millions", [((12, 12, 768), 124.439808), ((24, 16, 1024), 354.823168),
-                                             ((36, 20, 1280), 774.03008), ((48, 25, 1600), 1557.6112)])
+@pytest.mark.parametrize("shape, millions", [
+    ((12, 12, 768), 124.439808), ((24, 16, 1024), 354.823168), ((36, 20, 1280), 774.03008),
+    ((48, 25, 1600), 1557.6112)])
 def test_parameters_of_the_four_published_sizes(shape, millions):
     layers, heads, width = shape
     with torch.device("meta"):
@@ -56,7 +57,7 @@ def test_untrained_model_knows_nothing():
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig(**SIZE)), ids(8, 24)
     loss = F.cross_entropy(model(idx)[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
-    assert abs(loss.item() - math.log(61)) < 0.05, f"the first loss is {loss}, log V is {math.log(61)}"
+    assert abs(loss.item() - math.log(61)) < 0.05, f"the first loss is {loss}, not log V"
 
 
 def test_first_weights_keep_the_residual_streams_variance():
@@ -137,8 +138,8 @@ def test_logits_past_the_budget_are_not_kept(monkeypatch, kept):
     monkeypatch.setattr(gpt, "LOGITS_BUDGET", {"cpu": 4 * 999 * kept})
     model, idx = tiny(vocab_size=999), ids(4, 10)
     mask = torch.arange(10).expand(4, 10) > 0  # 36 tokens to score
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+    sizes, hooks = [], torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         model.token_logps(idx, mask)
     logits = [n for n in sizes if n % 999 == 0 and n != model.wte.weight.numel()]
     assert logits == ([36 * 999] if kept == 36 else []), "kept for backward"
@@ -174,17 +175,13 @@ def test_autocast_reduces_in_float32():
     model, idx = tiny(std=0.1, dtype=torch.float32), ids(4, 24)
     mask = torch.ones(4, 24, dtype=torch.bool)
     mask[:, 0] = False
-    gradients = []
+    logps, gradients = [], []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logps = model.token_logps(idx, mask)
-        assert logps.dtype == torch.float32
-        model.zero_grad()
-        logps.sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        if enabled:
-            assert largest(logps, exact) < 0.05, "bf16 products are this close here"
-        exact = logps
+            logps.append(model.token_logps(idx, mask))
+        gradient = torch.autograd.grad(logps[-1].sum(), list(model.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in gradient]))
+    assert logps[1].dtype == torch.float32 and 0 < largest(*logps) < 0.05
     assert F.cosine_similarity(*gradients, dim=0) > 0.999
 
 
@@ -254,7 +251,8 @@ PROMPTS = [[5, 1, 2], [7], [3, 3, 3, 3, 3], [8, 9], [1, 4, 1, 5, 9, 2, 6]]
 
 def by_hand(model, prompts, max_new, eos, seed, **filters):
     """The sampler without its cache, its batches and its ragged prompts."""
-    uniforms, out = torch.rand(len(prompts), max_new, generator=torch.Generator().manual_seed(seed)), []
+    generator, out = torch.Generator().manual_seed(seed), []
+    uniforms = torch.rand(len(prompts), max_new, generator=generator)
     for prompt, u in zip(prompts, uniforms):
         new = []
         while len(new) < max_new and len(prompt) + len(new) < model.config.n_ctx and eos not in new:
@@ -267,8 +265,8 @@ def by_hand(model, prompts, max_new, eos, seed, **filters):
 @pytest.mark.parametrize("filters", [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9),
                                      dict(top_p=0.8)], ids=str)
 def test_sample_is_the_plain_loop(filters):
-    model = tiny()
-    assert model.sample(PROMPTS, 12, 3, 0, **filters) == by_hand(model, PROMPTS, 12, 3, 0, **filters)
+    model, args = tiny(), (PROMPTS, 12, 3, 0)
+    assert model.sample(*args, **filters) == by_hand(model, *args, **filters)
 
 
 def test_sample_does_not_depend_on_batching():
@@ -293,14 +291,14 @@ def test_sample_ends_at_eos_and_keeps_it():
 
 def test_sample_ends_at_max_new_and_at_the_context():
     model = tiny()
-    for prompt, max_new, length in (([1], 1, 1), ([1] * 20, 10, 4), ([1] * 23, 10, 1), ([1], 50, 23)):
-        assert [len(r) for r in model.sample([prompt] * 2, max_new, -1, 0)] == [length] * 2
+    for size, max_new, length in ((1, 1, 1), (20, 10, 4), (23, 10, 1), (1, 50, 23)):
+        assert [len(r) for r in model.sample([[1] * size] * 2, max_new, -1, 0)] == [length] * 2
     assert list(map(len, model.sample([[1] * 20, [1]], 10, -1, 0))) == [4, 10], "side by side"
     assert model.sample([], 10, 0, 0) == []
 
 
 def test_common_random_numbers():
-    """The same seed is the same luck: equal policies agree, close ones mostly, other seeds do not."""
+    """The same seed is the same luck: equal policies agree, close ones too, other seeds do not."""
     a, b = tiny(std=0.1), tiny(std=0.1)
     with torch.no_grad():
         b.wte.weight.add_(1e-6)
@@ -359,14 +357,15 @@ def test_load_gives_back_what_was_saved(tmp_path):
 
 def test_pretrained_folder_gives_back_what_was_saved(tmp_path):
     model = tiny(dtype=torch.float32)
-    model.save_pretrained(tmp_path / "new" / "folder")
-    again = GPT.from_pretrained(tmp_path / "new" / "folder", dropout=0.1)
+    folder = tmp_path / "new" / "folder"
+    model.save_pretrained(folder)
+    again = GPT.from_pretrained(folder, dropout=0.1)
     assert again.config == GPTConfig(**SIZE, dropout=0.1)
     for key, p in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], p), key
     with torch.no_grad():
         again.wte.weight.zero_()  # a private copy: the file must stay as it is
-    assert torch.equal(GPT.from_pretrained(tmp_path / "new" / "folder").wte.weight, model.wte.weight)
+    assert torch.equal(GPT.from_pretrained(folder).wte.weight, model.wte.weight)
 
 
 @pytest.mark.parametrize("n_ctx", [9, 24, 150])
@@ -631,7 +630,8 @@ def test_main_prints_samples(run, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--prompt", "movie " * 60], ["the model's context is 24"]),
     (["-n", 0], ["-n"]), (["--max-new", 0], ["--max-new"]), (["--top-p", 0], ["--top-p"]),
-    (["--temperature", -1], ["--temperature"]), (["--checkpoint", "nowhere"], ["nowhere", "train.py"])])
+    (["--temperature", -1], ["--temperature"]),
+    (["--checkpoint", "nowhere"], ["nowhere", "train.py"])])
 def test_main_refuses_in_one_sentence(run, capsys, argv, words):
     code, out, err = gpt_py(capsys, "--checkpoint", run, *argv)
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: "), err
