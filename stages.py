@@ -273,16 +273,19 @@ def reward(ctx: Context, run: Run) -> None:
 # ------------------------------------------------------------------------------ groups
 
 
+CHUNK = 2048  # completions that share a seed: the same on every machine
+
+
 def sample_all(ctx: Context, run: Run, policy: GPT, prompts) -> list[list[int]]:
     """One completion a prompt; resumes at the last chunk saved."""
-    s, chunk = ctx.s, 2048  # has a seed of its own, so it is the same on every machine
+    s = ctx.s
     state = run.resume() or dict(step=0, ids=torch.empty(0, dtype=torch.int32), lengths=[])
     ids, lengths, saved_at = [state["ids"]], state["lengths"], time.monotonic()
     with tqdm(total=len(prompts), desc="sampling", unit="completion", initial=len(lengths),
               disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
-        for step in range(state["step"], math.ceil(len(prompts) / chunk)):
+        for step in range(state["step"], math.ceil(len(prompts) / CHUNK)):
             with autocast(ctx.device, s.precision):
-                new = policy.sample(prompts[step * chunk : (step + 1) * chunk], s.max_new,
+                new = policy.sample(prompts[step * CHUNK : (step + 1) * CHUNK], s.max_new,
                                     ctx.data.eot, draw_seed(s.seed, "groups", step),
                                     rows=ctx.rows(), progress=bar.update)
             ids.append(torch.tensor([i for c in new for i in c], dtype=torch.int32))

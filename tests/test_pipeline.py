@@ -100,7 +100,7 @@ def test_a_bare_command_chooses_toy_without_cuda(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(pipeline.STAGES, "dpo", pipeline.STAGES["dpo"]._replace(report=None))
     out = command().out
-    assert "preset toy (no CUDA device" in out and "out/toy dpo" in out
+    assert "preset toy (on a CPU" in out and "out/toy dpo" in out
 
 
 def test_another_setting_is_another_folder(chain, copied):
@@ -181,7 +181,8 @@ def test_killed_while_the_corpus_is_built_and_in_sft(chain, tmp_path):
 
 
 def test_killed_while_sampling(chain, copied, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages.Context, "rows", lambda self: 10)  # 5 chunks of 40 completions
+    monkeypatch.setattr(stages.Context, "rows", lambda self: 10)
+    monkeypatch.setattr(stages, "CHUNK", 40)  # 5 chunks of 40 completions
     argv, out = [*TINY, "--stage", "groups", "--data", chain.data, "--out"], copied("sft")
     shutil.copytree(out, tmp_path / "whole")
     assert command(*argv, tmp_path / "whole").code == 0
@@ -243,6 +244,7 @@ def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
 
 def test_ctrl_c_while_sampling(chain, copied, monkeypatch):
     monkeypatch.setattr(stages.Context, "rows", lambda self: 10)
+    monkeypatch.setattr(stages, "CHUNK", 40)
     sample, out = GPT.sample, copied("sft")
 
     def stopping(*args, **kwargs):
