@@ -40,7 +40,9 @@ def training_curves(folder: Path, reference: Path) -> Path:
         ax.set(xlabel="step")
         ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         ax.grid(alpha=0.25)
-    fig.suptitle(f"{'/'.join(folder.parts[-2:])}: lines without marks are running means over a "
+    name = "/".join(folder.resolve().parts[-2:])
+    name = name if len(name) <= 70 else name[:69] + "…"
+    fig.suptitle(f"{name}: lines without marks are running means over a "
                  "twentieth of the run")
     write_whole(folder / "curves.png", lambda file: fig.savefig(file, dpi=120))
     return folder / "curves.png"
