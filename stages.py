@@ -439,13 +439,13 @@ def report_dpo(ctx: Context) -> None:
                ("held-out acc.", "accuracy")]
     rows = [("π_ref", before["point"]), (f"π_θ, β {ctx.s.beta:g}", after),
             ("optimum at that KL", dict(reward=best, kl=after["kl"]))]
-    print("\n" + " " * 20 + "".join(f"{title:>15}" for title, _ in columns))
+    print("\n" + " " * 20 + "".join(f"{title:>17}" for title, _ in columns))
     for name, point in rows:
         cells = []
         for _, key in columns:
             value, se = point.get(key), point.get(key + "_se")
             cells.append("-" if value is None else f"{value:.3f}" + (f" ±{se:.3f}" if se else ""))
-        print(f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"{name:<20}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"on {after['samples']} held-out prompts, ± one standard error; KL is KL(π ‖ π_ref) a "
           f"completion, one-sample estimate {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}\n")
     print("\n".join((folder / "samples.txt").read_text().splitlines()[:16]))
