@@ -126,7 +126,9 @@ def optimal_frontier(rewards, betas) -> list[dict]:
         r, kl = (w * rewards).sum(-1), kl_divergence(logw, uniform)
         curve.append(dict(beta=beta, reward=float(r.mean()), reward_se=standard_error(r),
                           kl=float(kl.mean()), kl_se=standard_error(kl),
-                          ess=float((1 / w.square().sum(-1)).mean())))
+                          ess=float((1 / w.square().sum(-1)).mean()),
+                          rewards=[round(x, 4) for x in r.tolist()],
+                          kls=[round(x, 4) for x in kl.tolist()]))
     return curve
 
 
@@ -139,3 +141,16 @@ def optimal_reward(curve: list[dict], kl: float) -> float | None:
         if a <= kl <= b:
             return ra + (rb - ra) * (kl - a) / (b - a) if b > a else ra
     return None
+
+
+def rank_correlation(implicit, rewards) -> float:
+    """Spearman's, within a prompt, averaged over prompts: two (P, K) -> [-1, 1].
+
+    r̂ is free up to f(x), so its order across prompts means nothing. Tied ranks are averaged.
+    """
+    def ranks(x):
+        return ((x[:, :, None] > x[:, None, :]).float()
+                + 0.5 * (x[:, :, None] == x[:, None, :]).float()).sum(-1)
+
+    a, b = (ranks(x) - ranks(x).mean(-1, keepdim=True) for x in (implicit, rewards))
+    return float(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)).mean())

@@ -14,6 +14,7 @@ import torch
 
 import dpo
 import plot_frontier
+from evaluate import rank_correlation
 from gpt import pad_rows
 from presets import Settings
 from runs import Run, load_tensors, write_whole
@@ -73,19 +74,6 @@ def one_by_one(ctx: Context, policy, prompts, completions) -> list[torch.Tensor]
     return out
 
 
-def rank_correlation(implicit, rewards) -> float:
-    """Spearman's, within a prompt, averaged over prompts: two (P, K) -> [-1, 1].
-
-    r̂ is free up to f(x), so its order across prompts means nothing. Tied ranks are averaged.
-    """
-    def ranks(x):
-        return ((x[:, :, None] > x[:, None, :]).float()
-                + 0.5 * (x[:, :, None] == x[:, None, :]).float()).sum(-1)
-
-    a, b = (ranks(x) - ranks(x).mean(-1, keepdim=True) for x in (implicit, rewards))
-    return float(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)).mean())
-
-
 def inspection_text(ctx: Context, rows, yw_idxs, yl_idxs, prompts, completions, n: int = 4) -> str:
     """The pairs with the largest and the smallest weights, with their texts."""
     enc, lines = ctx.data.enc, []
@@ -112,8 +100,12 @@ def report_inspect(ctx: Context) -> None:
     print("\n" + (folder / "inspect.txt").read_text())
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
-          f"correlation within a prompt {table['rank_correlation']:.3f}\n"
-          f"picture: {folder / 'inspect.png'}")
+          f"correlation within a prompt {table['rank_correlation']:.3f}")
+    if (learned := ctx.folder("rm") / "report.json").exists():  # --stage rm has made it
+        report = json.loads(learned.read_text())
+        print(f"r_φ, a reward model trained on the same pairs: {report['accuracy']:.1%}, "
+              f"{report['rank_correlation']:.3f}")
+    print(f"picture: {folder / 'inspect.png'}")
 
 
 # ------------------------------------------------------------------------------ degenerate
@@ -143,7 +135,7 @@ def degenerate(ctx: Context, run: Run) -> None:
     ref_logps = ref_logps[some].flatten()
     start = held_out_measures(ref_logps, ref_logps, torch.from_numpy(ctx.groups.rewards[some]))
     for s in twins(ctx.s):
-        folder = Context(ctx.preset, s, ctx.command).folder("dpo")
+        folder = ctx.beside(s).folder("dpo")
         points = [dict(step=0, **before["point"] | start)]
         points += [dict(step=row["step"] + 1, **row["eval"])
                    for row in plot_frontier.read_rows(folder / "metrics.jsonl") if "eval" in row]

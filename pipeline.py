@@ -2,25 +2,37 @@
 
     reviews → sft → groups → dpo → inspect        r* (reward) judges the groups
                            dpo twice → degenerate
+                           unlikelihood, preferred-ft
+                           rm → ppo, best-of-n    r_φ; ppo-gt has r* in its place
+                           all of them → frontier
 
 A finished stage is found, an unfinished one goes on, a changed parent is refused (runs.py).
 """
 
+import functools
+import multiprocessing
+import os
 import platform
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 
 import dpo
+import frontier
 import lessons
+import methods
 import stages
-from presets import Settings, belonging, parse
+from presets import Settings, belonging, check, parse
 from runs import Run, UserError, file_hash
-from stages import SETTINGS_OF, Context
+from stages import OTHER_LOSSES, SETTINGS_OF, Context, report_method
 from train import STOP, Interrupted
 
 
@@ -28,7 +40,8 @@ class Stage(NamedTuple):
     make: Callable[[Context, Run], None]
     final: str = "model.pt"  # its last file, which marks it finished
     report: Callable[[Context], None] | None = None
-    variants: Callable[[Settings], list[Settings]] | None = None  # of dpo, that it compares
+    # the runs that it compares, made by a callback: (ctx, make_all) -> their folders' hashes
+    compares: Callable[[Context, Callable], dict[str, str]] | None = None
 
 
 STAGES = {
@@ -36,10 +49,20 @@ STAGES = {
     "reward": Stage(stages.reward, report=stages.report_reward),
     "chosen": Stage(stages.chosen),
     "groups": Stage(stages.groups, "ref_logps.pt"),
-    "dpo": Stage(stages.dpo_stage, report=stages.report_dpo),
+    "dpo": Stage(stages.dpo_stage, report=functools.partial(report_method, stage="dpo")),
     "inspect": Stage(lessons.inspect_stage, "inspect.json", lessons.report_inspect),
     "degenerate": Stage(lessons.degenerate, "degenerate.json", lessons.report_degenerate,
-                        lessons.twins),
+                        lambda ctx, make: make([("dpo", s) for s in lessons.twins(ctx.s)])),
+    "unlikelihood": Stage(stages.dpo_stage, report=functools.partial(
+        report_method, stage="unlikelihood")),
+    "preferred-ft": Stage(stages.dpo_stage, report=functools.partial(
+        report_method, stage="preferred-ft")),
+    "rm": Stage(methods.rm, report=methods.report_rm),
+    "ppo": Stage(methods.ppo, report=functools.partial(report_method, stage="ppo")),
+    "ppo-gt": Stage(methods.ppo_gt, report=functools.partial(report_method, stage="ppo-gt")),
+    "best-of-n": Stage(methods.best_of_n, "samples.pt"),
+    "frontier": Stage(frontier.frontier, "frontier.jsonl", frontier.report_frontier,
+                      frontier.sweep),
 }
 
 
@@ -53,7 +76,9 @@ def parents(stage: str, s: Settings) -> list[str]:
         return [] if s.init else ["sft"]
     if stage == "inspect":
         return ["dpo", "groups"]
-    if stage in ("dpo", "degenerate"):
+    if stage in ("ppo", "best-of-n"):
+        return ["groups", "rm"] + parents("groups", s)
+    if stage in ("dpo", "degenerate", "rm", "ppo-gt", "frontier", *OTHER_LOSSES):
         return ["groups"] + parents("groups", s)
     return {"sft": [], "reward": ["sft"]}[stage]
 
@@ -63,36 +88,7 @@ def build(ctx: Context, stage: str, wanted: str) -> str:
     folder = ctx.folder(stage)
     if folder in ctx.built:
         return ctx.built[folder]
-    s = ctx.s
-    if stage == "reward" and s.corpus == "toy":
-        raise UserError("r* of the toy corpus is exact: there is nothing to train; go on with "
-                        "--stage groups or --stage dpo")
-    if stage == "chosen" and not s.groups:
-        raise UserError("--stage chosen fine-tunes π_ref for a preference file: give --groups FILE")
-    hashes = {p: build(ctx, p, wanted) for p in parents(stage, s)}
-    for variant in STAGES[stage].variants(s) if STAGES[stage].variants else []:
-        other = Context(ctx.preset, variant, ctx.command)
-        other.built, other.data = ctx.built, ctx.data
-        hashes[other.folder("dpo").name] = build(other, "dpo", wanted)
-    if stage in ("groups", "chosen") and s.groups:
-        hashes[s.groups] = file_hash(s.groups)
-    if stage == "groups" and s.reference:
-        hashes[s.reference] = weights_hash(s.reference)
-        if not hashes[s.reference]:
-            raise UserError(f"--reference {s.reference} is no run and no Hugging Face folder")
-    if stage in ("sft", "chosen") and s.init:  # "": a name, whose weights do not change
-        hashes[s.init] = weights_hash(s.init)
-    if stage == "dpo":  # a user's code is as much a parent as a checkpoint
-        files = [s.dpo_module, s.weight.rpartition(":")[0]]
-        hashes |= {path: file_hash(path) for path in files if path}
-        if s.dpo_module:  # only now: the parents are nobody's exercise
-            dpo.use_module(s.dpo_module)
-    hashes["data"] = ctx.data.identity
-    settings, spec = belonging(s, SETTINGS_OF[stage]), STAGES[stage]
-    about = dict(command=ctx.command, preset=ctx.preset, device=device_name(ctx.device),
-                 threads=torch.get_num_threads(), torch=torch.__version__,
-                 python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
-    run = Run(folder, settings, hashes, spec.final, about)
+    run, spec = planned(ctx, stage, wanted), STAGES[stage]
     if run.finished:
         print(f"{stage}: found in {run.folder}")
     else:
@@ -106,6 +102,99 @@ def build(ctx: Context, stage: str, wanted: str) -> str:
             spec.report(ctx)
     ctx.built[folder] = file_hash(run.path(spec.final))
     return ctx.built[folder]
+
+
+def planned(ctx: Context, stage: str, wanted: str) -> Run:
+    """The stage's run, its parents made: its identity is its settings and their hashes."""
+    s, spec = ctx.s, STAGES[stage]
+    if stage == "reward" and s.corpus == "toy":
+        raise UserError("r* of the toy corpus is exact: there is nothing to train; go on with "
+                        "--stage groups or --stage dpo")
+    if stage == "chosen" and not s.groups:
+        raise UserError("--stage chosen fine-tunes π_ref for a preference file: give --groups FILE")
+    if stage in ("best-of-n", "frontier", "ppo-gt") and s.groups:
+        raise UserError(f"--stage {stage} needs r*, and a preference file has none: leave --groups "
+                        "out")
+    hashes = {p: build(ctx, p, wanted) for p in parents(stage, s)}
+    if spec.compares:
+        hashes |= spec.compares(ctx, functools.partial(make_all, ctx))
+    if stage in ("groups", "chosen") and s.groups:
+        hashes[s.groups] = file_hash(s.groups)
+    if stage == "groups" and s.reference:
+        hashes[s.reference] = weights_hash(s.reference)
+        if not hashes[s.reference]:
+            raise UserError(f"--reference {s.reference} is no run and no Hugging Face folder")
+    if stage in ("sft", "chosen") and s.init:  # "": a name, whose weights do not change
+        hashes[s.init] = weights_hash(s.init)
+    if stage in ("dpo", *OTHER_LOSSES):  # a user's code is as much a parent as a checkpoint
+        files = [s.dpo_module, s.weight.rpartition(":")[0]]
+        hashes |= {path: file_hash(path) for path in files if path}
+        if s.dpo_module:  # only now: the parents are nobody's exercise
+            dpo.use_module(s.dpo_module)
+    hashes["data"] = ctx.data.identity
+    about = dict(command=ctx.command, preset=ctx.preset, device=device_name(ctx.device),
+                 threads=torch.get_num_threads(), torch=torch.__version__,
+                 python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
+    return Run(ctx.folder(stage), belonging(s, SETTINGS_OF[stage]), hashes, spec.final, about)
+
+
+def make_all(ctx: Context, wanted: list[tuple[str, Settings]], jobs: int = 1,
+             done: Callable | None = None) -> dict[str, str]:
+    """Build stages whose parents are there, `jobs` at once: the hashes of those that were made.
+
+    done(stage, settings, error) hears of each as it ends, error None or what the user can put
+    right, and no run stops another. Without `done` such an error is raised.
+    """
+    hashes, missing, finished = {}, [], []
+    for stage, settings in wanted:
+        run = planned(ctx.beside(settings), stage, stage)
+        (finished if run.finished else missing).append((stage, settings))
+
+    def ends(stage, settings, error=None):
+        if isinstance(error, Interrupted) or error and not done:
+            raise error
+        if done:
+            done(stage, settings, error)
+        if not error:
+            folder = ctx.beside(settings).folder(stage)
+            hashes[folder.name] = file_hash(folder / STAGES[stage].final)
+
+    for stage, settings in finished:
+        ends(stage, settings)
+    if jobs == 1:
+        for stage, settings in missing:
+            ends(stage, settings, make_one(ctx.preset, settings, stage, ctx.command, bool(done)))
+        return hashes
+    with ProcessPoolExecutor(min(jobs, len(missing)) or 1, multiprocessing.get_context("spawn"),
+                             worker_starts) as pool:
+        futures = {pool.submit(make_one, ctx.preset, settings, stage, ctx.command, True):
+                   (stage, settings) for stage, settings in missing}
+        try:
+            for future in as_completed(futures):
+                ends(*futures[future], future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return hashes
+
+
+def make_one(preset: str, settings: Settings, stage: str, command: list[str],
+             quiet: bool) -> UserError | Interrupted | None:
+    """One run, in this process. What stops it is given back: exceptions cross processes badly."""
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
+        if quiet:  # a bar of the whole is drawn elsewhere
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        try:
+            build(Context(preset, settings, command), stage, stage)
+        except (UserError, Interrupted) as error:
+            return error
+
+
+def worker_starts() -> None:
+    """Ctrl-C saves here too, and a worker whose parent was killed does not live on."""
+    signal.signal(signal.SIGINT, stop)
+    threading.Thread(daemon=True, target=lambda: (multiprocessing.parent_process().join(),
+                                                  os._exit(1))).start()
 
 
 def weights_hash(folder: str) -> str:
@@ -132,6 +221,9 @@ def main(argv=None) -> int:
     began = time.perf_counter()
     STOP.clear()
     stage, preset, reason, settings = parse(argv, STAGES, torch.cuda.is_available())
+    if stage in OTHER_LOSSES:
+        settings = replace(settings, loss=stage)
+        check(settings)
     if settings.dpo_module:
         dpo.own_functions(settings.dpo_module)
     dpo.load_weight(settings.weight)  # bad ones are refused before hours of parents

@@ -1,19 +1,40 @@
-"""JSONL in, figures out: training curves, the lessons' figures. The frontier will be drawn here.
+"""JSONL in, figures out: the frontier and its table, training curves, the lessons' figures.
 
+    python plot_frontier.py [out/toy/frontier]      draws what its frontier.jsonl holds
     python plot_frontier.py out/toy/dpo --groups out/toy/groups      draws the curves again
 
 Needs numpy and matplotlib alone. Knows nothing of models: it reads what runs have written.
+
+P prompts, n points, m values of KL, R bootstrap replicates (the first is the sample itself).
 """
 
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: files, never windows
 
+from points import (IMDB_SCALE, SCALES, about, envelope, knob, read_points, reference, seed_means,
+                    series, table, table_text, trusted)
 from runs import main_exit, os_errors, write_whole
+
+SERIES = {  # name, colour, marker, line; the colours differ in lightness too, for print in grey
+    "dpo": ("DPO", "#00205c", "o", "-"),
+    "plackett-luce": ("DPO, Plackett-Luce", "#429fdc", "D", (0, (6, 1.5))),
+    "ppo": ("PPO, learned reward", "#f78b43", "s", "--"),
+    "ppo-gt": ("PPO-GT, true reward", "#a3101f", "^", "-."),
+    "unlikelihood": ("Unlikelihood", "#2c7f3a", "v", ":"),
+    "preferred-ft": ("Preferred-FT", "#58217f", "P", (0, (1, 1))),
+    "best-of-n": ("Best-of-N by r*", "#96775f", "X", (0, (3, 1, 1, 1, 1, 1))),
+    "best-of-n-learned": ("Best-of-N by r_φ", "#e0bb3c", "h", (0, (4, 3))),
+    "sft": ("SFT = π_ref", "#000000", "*", "-"),
+    "dpo-soft": ("DPO, soft labels", "#a3101f", "^", "-."),
+    "dpo-sampled": ("DPO, sampled labels", "#f78b43", "s", "--")}
+KL, REWARD = "KL(π ‖ π_ref), nats a completion", "mean true reward r*, from 0 to 1"
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -65,17 +86,23 @@ def batch_panels(axes, steps: list[dict]) -> None:
     line(implicit, "reward_chosen", "chosen", color="C2")
     line(implicit, "reward_rejected", "rejected", color="C3", ls="--")
     implicit.set(title="implicit rewards", ylabel="r̂ = β log π/π_ref, units of reward")
-    for low, high, shade in ((5, 95, 0.2), (25, 75, 0.35)):
-        weight.fill_between(x, *(smooth([r[f"weight_{p}"] for r in steps]) for p in (low, high)),
-                            color="C0", alpha=shade, lw=0, label=f"{low} to {high} % of pairs")
-    line(weight, "weight_50", "median", color="C0")
-    weight.set(title="importance weight of a pair", ylabel="w(m)")
+    weight_panel(weight, steps)
     line(logps, "logp_chosen", "chosen", color="C2")
     line(logps, "logp_rejected", "rejected", color="C3", ls="--")
     logps.set(title="log-probs of the batch's completions: both may fall",
               ylabel="log π(y|x), nats a completion")
     line(accuracy, "accuracy", "pairs of the batch", color="C0")
     accuracy.set(title="accuracy of the implicit reward", ylabel="share of pairs in order")
+
+
+def weight_panel(ax, steps: list[dict]) -> None:
+    """Quantiles of a batch's importance weights, over the steps."""
+    x = [r["step"] for r in steps]
+    for low, high, shade in ((5, 95, 0.2), (25, 75, 0.35)):
+        ax.fill_between(x, *(smooth([r[f"weight_{p}"] for r in steps]) for p in (low, high)),
+                        color="C0", alpha=shade, lw=0, label=f"{low} to {high} % of pairs")
+    ax.plot(x, smooth([r["weight_50"] for r in steps]), color="C0", label="median")
+    ax.set(title="importance weight of a pair", ylabel="w(m)")
 
 
 def held_out_panel(ax, evals: list[dict]) -> None:
@@ -130,12 +157,8 @@ def inspection(table: dict, metrics: list[dict], path: Path) -> None:
     steps, pairs = [r for r in metrics if "eval" not in r], table["pairs"]
     fig = Figure(figsize=(14, 4.4), layout="constrained")
     a, b, c = fig.subplots(1, 3)
-    x = [r["step"] for r in steps]
-    for low, high, shade in ((5, 95, 0.2), (25, 75, 0.35)):
-        a.fill_between(x, *(smooth([r[f"weight_{p}"] for r in steps]) for p in (low, high)),
-                       color="C0", alpha=shade, lw=0, label=f"{low} to {high} % of pairs")
-    a.plot(x, smooth([r["weight_50"] for r in steps]), color="C0", label="median")
-    a.set(xlabel="step", ylabel="importance weight w", title="training pairs")
+    weight_panel(a, steps)
+    a.set(xlabel="step", title="training pairs")
     gap = [p["reward_gap"] for p in pairs]
     for ax, key, label in ((b, "weight", "importance weight w"),
                            (c, "margin", "implicit margin m = r̂(y_w) - r̂(y_l)")):
@@ -160,14 +183,172 @@ def smooth(values: list[float]) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
+# ------------------------------------------------------------------------------ the frontier
+
+def draw_frontier(path: Path) -> list[Path]:
+    """Every figure that a frontier.jsonl, or the folder that holds it, allows, and its table,
+    printed and in table.md, all beside it. UserError where it cannot read or write."""
+    path = path / "frontier.jsonl" if path.is_dir() else path
+    points = read_points(path)
+    text = table_text(points, table(points))
+    print(text)
+    write_whole(path.parent / "table.md", lambda file: file.write(text.encode()))
+    figures = {draw.__name__: draw(points) for draw in (
+        frontier, temperature, overoptimisation, dial)}
+    pictures = {f"{name}.png": figure for name, figure in figures.items() if figure}
+    pictures["frontier.svg"] = figures["frontier"]
+    for name, figure in pictures.items():
+        kind = dict(format="svg", metadata={"Date": None}) if name.endswith("svg") else \
+            dict(format="png", dpi=130)
+        with rc_context({"svg.hashsalt": "frontier"}):  # the same points give the same bytes
+            write_whole(path.parent / name, lambda file: figure.savefig(file, **kind))
+    return [path.parent / name for name in pictures]
+
+
+def bars(ax, points: list[dict], method: str, **look) -> None:
+    """A series' points, with standard errors in both directions."""
+    label, colour, marker, _ = SERIES[method]
+    x, y, dy, dx = ([p[key] for p in points] for key in ("kl", "reward", "reward_se", "kl_se"))
+    ax.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, **dict(label=label) | look)
+
+
+def bound(ax, points: list[dict], shown: list[dict]) -> float:
+    """The optimum, the hatched region above it, and axes for `shown` and it -> where KL ends."""
+    end = SCALES.get(points[0]["preset"], IMDB_SCALE)[2]
+    limit = min(end, 1.05 * max(p["kl"] for p in shown) or end)
+    if best := [p for p in trusted(points) if p["kl"] <= limit]:
+        kl, reward = ([p[key] for p in best] for key in ("kl", "reward"))
+        ax.plot(kl, reward, "k-", lw=3, label="optimum, Eq. 4")
+        ax.fill_between(kl, reward, 2, hatch="///", facecolor="#f6f6f6", edgecolor="#d0d0d0", lw=0,
+                        label="above it: out of reach")
+    rewards = [p["reward"] for p in shown if p["kl"] <= limit] or [p["reward"] for p in shown]
+    low, high = min(rewards), max(rewards + [p["reward"] for p in best])
+    pad = 0.06 * (high - low) + 0.005
+    ax.set(xlim=(-0.015 * limit, limit), ylim=(low - pad, high + pad), xlabel=KL, ylabel=REWARD)
+    return limit
+
+
+def finish(figure: Figure, points: list[dict], text: str) -> Figure:
+    """Grids, a legend beside the axes, and below them which experiment this is."""
+    for ax in figure.axes:
+        ax.grid(alpha=0.25 * bool(ax.get_xlabel()))  # a twin has none
+    if not figure.axes[0].get_legend():
+        figure.legend(loc="outside right upper", fontsize=9, handlelength=3.6)
+    lines = textwrap.wrap(f"{about(points)}. {text}", int(13 * figure.get_figwidth()))
+    figure.supxlabel("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
+    return figure
+
+
+def frontier(points: list[dict]) -> Figure:
+    """Reward against KL: every series of Figure 2, its envelope, and the optimum above them."""
+    shown = {m: mine for m in SERIES if not m.startswith("dpo-") and (mine := series(points, m))}
+    figure, start, beyond = Figure(figsize=(11, 6.5), layout="constrained"), reference(points), []
+    ax = figure.subplots()
+    limit = bound(ax, points, sum(shown.values(), []))
+    for method, mine in shown.items():
+        label, colour, marker, line = SERIES[method]
+        if method == "sft":
+            bars(ax, mine, method, ms=13, zorder=4)
+            continue
+        bars(ax, mine, method, ms=4, alpha=0.3, label=None)
+        kl, reward = np.concatenate(list(seed_means(mine, "kl", "reward").values())).T
+        on = kl[reward >= envelope(kl, reward, kl, start["reward"]) - 1e-9]
+        at = np.unique([0, *on[on < limit], min(limit, kl.max())])
+        ax.plot(at, envelope(kl, reward, at, start["reward"]), color=colour, ls=line, lw=1.8, ms=6,
+                marker=marker, markevery=np.flatnonzero(np.isin(at, on)).tolist(), label=label)
+        if far := sum(p["kl"] > limit for p in mine):
+            beyond.append(f"{far} of {label}")
+    return finish(figure, points, "Light: every point, ± 1 standard error; lines: upper envelopes "
+                  "of the means over seeds. Best-of-N stands at log N - (N-1)/N, a bound on its KL."
+                  + f" Past KL {limit:g} and not shown: {', '.join(beyond)}." * bool(beyond))
+
+
+def temperature(points: list[dict]) -> Figure | None:
+    """Win rate against π_ref's samples over the temperature that the policy is sampled at."""
+    curves = {}
+    for p in sorted(points, key=lambda p: p["temperature"]):
+        if p["win"] is not None and p["method"] in SERIES:
+            curves.setdefault((p["method"], p["setting"], p["seed"], p["step"]), []).append(p)
+    curves = {key: c for key, c in curves.items() if any(p["temperature"] != 1 for p in c)}
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    ax = figure.subplots()
+    for (method, setting, _, _), curve in curves.items():
+        label, colour, marker, line = SERIES[method]
+        at, win = np.array([(p["temperature"], p["win"]) for p in curve]).T
+        ax.errorbar(at, win, np.sqrt(win * (1 - win) / len(curve[0]["rewards"])), color=colour,
+                    marker=marker, ls=line, capsize=3, label=label + f", {setting}" * bool(setting))
+    ax.axhline(0.5, color="grey", lw=1)
+    ax.set(xlabel="sampling temperature of the policy",
+           ylabel="share of prompts won against π_ref, by r*")
+    return finish(figure, points, "π_ref's samples, on the same prompts, have temperature 1; ties "
+                  "are half won. Bars: ± 1 standard error of a share.") if curves else None
+
+
+def overoptimisation(points: list[dict]) -> Figure | None:
+    """True reward and the one trained by, over √KL: PPO's learned reward, DPO's implicit one."""
+    figure, ref = Figure(figsize=(14, 6), layout="constrained"), reference(points)
+    kinds = (("ppo", "mean learned reward r_φ", ref["reward_learned"] or 0),
+             ("dpo", "mean implicit reward r̂ = β log π/π_ref", 0))
+    runs = [seed_means([p for p in series(points, method) if p["reward_learned"] is not None],
+                       "kl", "reward", "reward_learned") for method, *_ in kinds]
+    for ax, (method, other, zero), lines in zip(figure.subplots(1, 2), kinds, runs):
+        twin = ax.twinx()
+        for (setting, run), (_, colour, marker, _) in zip(lines.items(), SERIES.values()):
+            kl, true, trained = np.vstack([(0, ref["reward"], zero), run]).T
+            ax.plot(np.sqrt(kl), true, color=colour, marker=marker, ms=5, label=setting)
+            twin.plot(np.sqrt(kl), trained, ":", color=colour, marker=marker, ms=5, mfc="white")
+        ax.plot([], [], "ko-", label="true (left)")
+        ax.plot([], [], "ko:", mfc="white", label="trained by (right)")
+        ax.set(title=SERIES[method][0], xlabel="√KL(π ‖ π_ref), √nats", ylabel=REWARD)
+        twin.set_ylabel(other)
+        ax.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return finish(figure, points, "Means over seeds, in the order of steps.") if any(runs) else None
+
+
+def dial(points: list[dict]) -> Figure | None:
+    """Where DPO ends with each kind of label, and the optimum that soft and sampled ones have."""
+    keys, figure = ("kl", "reward", "kl_se", "reward_se"), Figure((10.5, 6), layout="constrained")
+    ends = {m: [dict(zip(keys, run[-1]), knob=knob(setting))
+                for setting, run in seed_means(series(points, m), *keys).items()]
+            for m in ("dpo", "dpo-sampled", "dpo-soft") if series(points, m)}
+    every = sum(ends.values(), [])
+    asked = {p["knob"] for m, mine in ends.items() if m != "dpo" for p in mine}
+    if not asked:
+        return None
+    ax, rings = figure.subplots(), {knob(p["setting"]): p for p in trusted(points)}
+    limit = bound(ax, points, every)
+    for method, mine in ends.items():
+        colour, shift = SERIES[method][1], (-17, -13) if method == "dpo-soft" else (8, -13)
+        bars(ax, mine, method, ms=7, label=SERIES[method][0] + ", hard labels" * (method == "dpo"))
+        for p in mine:
+            if p["kl"] <= limit:
+                ax.annotate("β = " * (method == "dpo") + f"{p['knob']:g}", (p["kl"], p["reward"]),
+                            shift, textcoords="offset points", fontsize=9, color=colour,
+                            bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
+            if method != "dpo" and (ring := rings.get(p["knob"])):
+                ax.plot(*zip(*((x["kl"], x["reward"]) for x in (p, ring))), lw=0.9, color=colour)
+    at = [(p["kl"], p["reward"]) for x, p in rings.items() if x in asked]
+    ax.plot(*np.reshape(at, (-1, 2)).T, "ko", mfc="none", ms=12, label="the optimum at that s/β")
+    lost, far = sorted(asked - {*rings}), sum(p["kl"] > limit for p in every)
+    return finish(figure, points, "Last points, means over seeds, ± 1 standard error of one run. "
+                  "Numbers: s/β, and β where labels are hard." + " No ring at "
+                  f"{', '.join(f'{x:g}' for x in lost)}: the optimum is not trusted." * bool(lost)
+                  + f" Past KL {limit:g} and not shown: {far}." * bool(far))
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a dpo run's curves.png again.")
-    parser.add_argument("run", nargs="?", type=Path, default=Path("out/toy/dpo"))
+    parser = argparse.ArgumentParser(description="Draw a frontier and print its table, or draw a "
+                                     "dpo run's curves.png again.")
+    parser.add_argument("path", nargs="?", type=Path, default=Path("out/toy/frontier"),
+                        help="a frontier.jsonl, its folder, or a dpo run's (default: %(default)s)")
     parser.add_argument("--groups", type=Path, default=Path("out/toy/groups"),
-                        help="the groups that it learnt from (default: %(default)s)")
+                        help="the groups that the dpo run learnt from (default: %(default)s)")
     args = parser.parse_args(argv)
-    with os_errors("read", args.run):
-        print(training_curves(args.run, args.groups / "reference.json"))
+    with os_errors("read", args.path):
+        has = {name: (args.path / name).exists() for name in ("frontier.jsonl", "metrics.jsonl")}
+        pictures = [training_curves(args.path, args.groups / "reference.json")] \
+            if has["metrics.jsonl"] and not has["frontier.jsonl"] else draw_frontier(args.path)
+    print(*pictures, sep="\n")
 
 
 if __name__ == "__main__":

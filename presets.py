@@ -1,7 +1,7 @@
 """Every setting of a run, with its reason, and the four presets. Each field is a flag of train.py.
 
-A field's group says which stages it belongs to: a stage's identity is made of its own groups and
-of all before it. The group "run" changes where and how a run goes, never its result.
+A field's group says which stages it belongs to: a stage's identity is made of its own group and
+of those of the stages it stands on (stages.SETTINGS_OF). The group "run" changes where and how a run goes, never its result.
 """
 
 import argparse
@@ -59,14 +59,26 @@ class Settings:
     completions: int = opt("groups", 4, "completions a prompt, K: 4 give 6 pairs (C.1)", low=2)
     max_new: int = opt("groups", 64, "tokens a completion may have", low=1)
     eval_prompts: int = opt("groups", 384, "held-out prompts that every policy is judged on", low=2)
+    valid_prompts: int = opt("groups", 128, "others, from validation reviews, to choose rates on",
+                             low=2)
     optimum: int = opt("groups", 64, "reference samples a held-out prompt, for Eq. 4's optimum",
                        low=2)
+    # ---- rm: groups -> r_φ
+    rm_epochs: int = opt("rm", 3, "passes over the pairs; the best on held-out ones is kept", low=1)
+    rm_batch: int = opt("rm", 22, "groups a step", low=1)
+    rm_lr: float = opt("rm", 1e-3, "peak")
+    # ---- every method's
+    run_seed: int = opt("method", 0, "of batches and rollouts alone; --seed remakes π_ref too")
     # ---- dpo
     loss: str = opt("dpo", "pairwise", "Eq. 7, or A.3's ranking", ("pairwise", "plackett-luce"))
     weight: str = opt("dpo", "sigmoid", "importance weight: sigmoid is DPO; constant, hinge, "
                       "indicator, ipo, cdpo, exponential, or FILE.py:FUNCTION")
     beta: float = opt("dpo", 1.5, "β: how dear a nat of KL is; the paper's 0.1 over-optimises here")
     dpo_steps: int = opt("dpo", 600, "optimizer steps", low=1)
+    labels: str = opt("dpo", "hard", "who wins: hard, the higher r*; sampled from Eq. 1; soft, Eq. "
+                      "1's probability as the label", ("hard", "sampled", "soft"))
+    label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*")
+    alpha: float = opt("dpo", 0.5, "of --stage unlikelihood (C.3)")
     dpo_batch: int = opt("dpo", 22, "groups a step of 6 pairs: 11 are the paper's 64", low=1)
     dpo_accum: int = opt("run", 1, "micro-batches a step: same result, less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
@@ -75,7 +87,24 @@ class Settings:
     dpo_warmup: int = opt("dpo", 100, "steps of linear warm-up; RMSprop's first are too long")
     clip: float = opt("dpo", 1.0, "gradient norm at most; 0: never clipped")
     dpo_module: str = opt("dpo", "", "a student's file: the names it defines replace dpo.py's")
+    # ---- ppo: r_φ or r* -> π_θ, by Eq. 3
+    ppo_steps: int = opt("ppo", 30, "iterations", low=1)
+    ppo_rollouts: int = opt("ppo", 256, "completions an iteration (the paper's 1,024)", low=8)
+    ppo_lr: float = opt("ppo", 1e-3, "of the policy")
+    ppo_value_lr: float = opt("ppo", 3e-3, "of the value network")
+    ppo_target: float = opt("ppo", 2.0, "KL that β is steered to, nats; 0: β stays")
+    ppo_beta: float = opt("ppo", 0.3, "where β of Eq. 3 starts, in standard deviations of the "
+                          "reward over π_ref's samples")
+    # ---- best-of-n, and the optimum
+    best_of: int = opt("samples", 128, "π_ref's samples a test prompt: the largest N", low=2)
+    # ---- frontier: every method of Figure 2
+    seeds: int = opt("frontier", 1, "run seeds of every setting", low=1)
+    sweep_steps: int = opt("frontier", 300, "optimizer steps of every run but PPO's", low=1)
+    dial: bool = opt("frontier", False, "also sampled and soft labels, s/β from 5 to 50")
+    rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
+    temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
     # ---- run
+    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one a core, four on a GPU")
     eval_every: int = opt("run", 0, "steps between evaluations in training; 0: four in all")
     device: str = opt("run", "auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     threads: int = opt("run", 0, "CPU threads; 0: torch's choice")
@@ -92,6 +121,9 @@ IMDB = replace(
     sft_steps=6_000, sft_batch=128, sft_lr=1e-3, sft_warmup=300, sft_decay=0.1,
     reward_steps=1_500, reward_batch=64, reward_lr=1e-4,
     prompts=25_000, eval_prompts=1_024,  # C.1; 1,024 give a standard error near 0.01
+    valid_prompts=512,
+    rm_lr=1e-4, ppo_lr=1e-5, ppo_value_lr=1e-4, ppo_steps=60, ppo_rollouts=1_024,  # C.1's rollouts
+    ppo_target=6.0, sweep_steps=1_000,
     beta=0.1, dpo_steps=2_000, dpo_batch=11, dpo_warmup=150,  # B ...
     dpo_lr=1e-5,  # ... but for the rate and its decay
     save_secs=60.0)
@@ -106,26 +138,29 @@ GPT2_LARGE = replace(
     dpo_lr=1e-6, dpo_warmup=150, dpo_schedule="constant")  # B: RMSprop, 1e-6 after 150 steps
 PRESETS = {"toy": TOY, "imdb": IMDB, "gpt2": GPT2, "gpt2-large": GPT2_LARGE}
 
-ORDER = ("data", "model", "sft", "reward", "groups", "dpo")
+BASE = ("data", "model", "sft", "reward", "groups")  # what every method stands on
 GROUPS = {"data": "data", "model": "model", "sft": "sft: reviews → π_ref",
           "reward": "reward: labels → r*", "groups": "groups: π_ref's samples, judged",
-          "dpo": "dpo: groups → π_θ", "run": "run: where and how, never what"}
+          "rm": "rm: groups → r_φ", "method": "every method after the groups",
+          "dpo": "dpo, unlikelihood, preferred-ft: groups → π_θ",
+          "ppo": "ppo, ppo-gt: r_φ or r* → π_θ", "samples": "best-of-n, and the optimum",
+          "frontier": "frontier: every method of Figure 2",
+          "run": "run: where and how, never what"}
 
 
-def belonging(settings: Settings, upto: str) -> dict:
-    """The settings that decide a stage's result: its own group's and those of all groups before."""
-    groups = ORDER[: ORDER.index(upto) + 1]
+def belonging(settings: Settings, groups: tuple) -> dict:
+    """The settings of these groups: what decides a stage's result."""
     return {f.name: getattr(settings, f.name) for f in fields(settings)
             if f.metadata["group"] in groups}
 
 
-ALONE = ("corpus", "vocab", "init", "precision", "weight", "loss")  # named by their value
+ALONE = ("corpus", "vocab", "init", "precision", "weight", "loss", "labels")  # named by their value
 
 
-def suffix(settings: Settings, preset: Settings, upto: str) -> str:
+def suffix(settings: Settings, preset: Settings, groups: tuple) -> str:
     """What differs from the preset, for a folder's name: "-beta1.0-constant"."""
-    base, parts = belonging(preset, upto), []
-    for name, value in belonging(settings, upto).items():
+    base, parts = belonging(preset, groups), []
+    for name, value in belonging(settings, groups).items():
         if value != base[name]:
             text = value if name in ALONE else f"{name}{value}"
             parts.append("-" + "".join(c if c.isascii() and c.isalnum() or c in ".-_" else "_"
@@ -146,7 +181,8 @@ def parse(argv, stages, cuda: bool) -> tuple[str, str, str, Settings]:
                     description=f"Stages: {', '.join(stages)}. A stage first builds what it needs.",
                     allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
-    parser.add_argument("--stage", choices=stages, default="dpo", help="default: dpo")
+    parser.add_argument("--stage", choices=stages, default="dpo", metavar="STAGE",
+                        help="one of the above; default: dpo")
     parser.add_argument("--preset", choices=PRESETS, help="default: imdb with CUDA, else toy")
     titles = {group: parser.add_argument_group(title) for group, title in GROUPS.items()}
     for f in fields(Settings):
@@ -189,5 +225,8 @@ def check(s: Settings) -> None:
     if s.loss == "plackett-luce" and s.weight != "sigmoid":
         raise UserError(f"--weight {s.weight} weighs pairs, and --loss plackett-luce ranks: give "
                         "one of the two")
+    if s.labels != "hard" and (s.loss != "pairwise" or s.weight != "sigmoid"):
+        raise UserError(f"--labels {s.labels} are Eq. 7's: leave --loss, --weight and other stages "
+                        "than dpo out")
     if s.reference and not s.groups:
         raise UserError("--reference is the π_ref of a preference file: give --groups FILE with it")

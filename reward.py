@@ -83,25 +83,31 @@ class RewardModel(nn.Module):
         return model
 
 
-class SentimentReward:
-    """r* = p(positive) by a RewardModel trained on labels."""
+class ModelReward:
+    """What a RewardModel gives to completions, from 0 to 1 or as it is.
 
-    def __init__(self, model: RewardModel, eos: int, rows: int = 256):
-        self.model, self.eos, self.rows = model.eval(), eos, rows
+    r*: p(positive), by a model trained on labels. r_φ: the score of Eq. 2's model, which reads the
+    closing <|endoftext|> too, being trained on completions that have it.
+    """
+
+    def __init__(self, model: RewardModel, eos: int, learned: bool = False, rows: int = 256):
+        self.model, self.eos, self.learned, self.rows = model.eval(), eos, learned, rows
 
     @torch.no_grad()
     def __call__(self, prompts, completions):
         device, n_ctx = self.model.score.weight.device, self.model.body.config.n_ctx
         out = []
         for i in range(0, len(prompts), self.rows):
-            # its training texts have no closing <|endoftext|>: the last word is read, not the end
-            ended = [[t for t in c if t != self.eos] for c in completions[i : i + self.rows]]
-            idx, _, lengths = pad_rows(prompts[i : i + self.rows], ended)
+            part = completions[i : i + self.rows]
+            if not self.learned:  # reviews have no closing <|endoftext|>: the last word is read
+                part = [[t for t in c if t != self.eos] for c in part]
+            idx, _, lengths = pad_rows(prompts[i : i + self.rows], part)
             if idx.size(1) > n_ctx:
                 raise UserError(f"a text of {idx.size(1)} tokens; the reward model reads {n_ctx}: "
                                 "raise --reward-ctx")
             with torch.autocast(device.type, enabled=False):  # one judge, whoever asks
-                out.append(self.model(idx.to(device), lengths.to(device)).sigmoid().cpu())
+                scores = self.model(idx.to(device), lengths.to(device))
+            out.append((scores if self.learned else scores.sigmoid()).cpu())
         return torch.cat(out)
 
 

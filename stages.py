@@ -24,8 +24,8 @@ import dpo
 import plot_frontier
 from evaluate import evaluate, optimal_frontier, optimal_reward
 from gpt import GPT, GPTConfig, pad_rows
-from presets import PRESETS, Settings, suffix
-from reward import (RewardModel, SentimentReward, SiebertReward, ToyReward, accuracy,
+from presets import BASE, PRESETS, Settings, suffix
+from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy,
                     label_batches, label_loss)
 from runs import Run, UserError, load_tensors, write_whole
 from train import (STOP, Interrupted, Optim, autocast, draw_seed, fit, lm_batches, lm_loss,
@@ -35,9 +35,14 @@ from train import (STOP, Interrupted, Optim, autocast, draw_seed, fit, lm_batche
 # ------------------------------------------------------------------------------ what they share
 
 
-# the last group of settings that decides a stage's result; all groups before it do too
-SETTINGS_OF = {"sft": "sft", "reward": "reward", "chosen": "groups", "groups": "groups",
-               "dpo": "dpo", "inspect": "dpo", "degenerate": "dpo"}
+OTHER_LOSSES = "unlikelihood", "preferred-ft"  # stages that differ from dpo by their loss alone
+# the groups of settings that decide a stage's result
+DPO = (*BASE, "method", "dpo")
+SETTINGS_OF = {"sft": BASE[:3], "reward": BASE[:4], "chosen": BASE, "groups": BASE,
+               "dpo": DPO, "unlikelihood": DPO, "preferred-ft": DPO, "inspect": DPO,
+               "degenerate": DPO, "rm": (*BASE, "rm"), "ppo": (*BASE, "rm", "method", "ppo"),
+               "ppo-gt": (*BASE, "method", "ppo"), "best-of-n": (*BASE, "rm", "samples"),
+               "frontier": (*BASE, "rm", "method", "dpo", "ppo", "samples", "frontier")}
 
 
 class Context:
@@ -63,10 +68,18 @@ class Context:
         return data_imdb.load(self.s.corpus, self.s.vocab, Path(self.s.data), self.s.reviews,
                               self.s.seed)
 
+    def beside(self, settings: Settings) -> "Context":
+        """Other settings on the same data and the same finished parents."""
+        other = Context(self.preset, settings, self.command)
+        other.built, other.data = self.built, self.data
+        return other
+
     def folder(self, stage: str) -> Path:
         base = PRESETS[self.preset]
         if base.precision == "auto":
             base = replace(base, precision=self.auto)
+        if stage in OTHER_LOSSES:
+            base = replace(base, loss=stage)
         return self.root / (stage + suffix(self.s, base, SETTINGS_OF[stage]))
 
     def rows(self) -> int:
@@ -100,7 +113,7 @@ class Context:
         if self.s.corpus == "toy":
             return ToyReward(self.data.enc)
         model = RewardModel.load(self.folder("reward") / "model.pt").to(self.device)
-        return SentimentReward(model, self.data.eot)
+        return ModelReward(model, self.data.eot)
 
     def evaluate(self, policy, reference, prompts, **kwargs) -> dict:
         """A point on these prompts: the same uniforms for every policy of this seed."""
@@ -276,7 +289,7 @@ def reward(ctx: Context, run: Run) -> None:
 CHUNK = 2048  # completions that share a seed: the same on every machine
 
 
-def sample_all(ctx: Context, run: Run, policy: GPT, prompts) -> list[list[int]]:
+def sample_all(ctx: Context, run: Run, policy: GPT, prompts, name: str) -> list[list[int]]:
     """One completion a prompt; resumes at the last chunk saved."""
     s = ctx.s
     state = run.resume() or dict(step=0, ids=torch.empty(0, dtype=torch.int32), lengths=[])
@@ -286,7 +299,7 @@ def sample_all(ctx: Context, run: Run, policy: GPT, prompts) -> list[list[int]]:
         for step in range(state["step"], math.ceil(len(prompts) / CHUNK)):
             with autocast(ctx.device, s.precision):
                 new = policy.sample(prompts[step * CHUNK : (step + 1) * CHUNK], s.max_new,
-                                    ctx.data.eot, draw_seed(s.seed, "groups", step),
+                                    ctx.data.eot, draw_seed(s.seed, name, step),
                                     rows=ctx.rows(), progress=bar.update)
             ids.append(torch.tensor([i for c in new for i in c], dtype=torch.int32))
             lengths += [len(c) for c in new]
@@ -308,7 +321,7 @@ def groups(ctx: Context, run: Run) -> None:
         made, notes = ctx.groups, ctx.groups.dropped
         _, held = split_prompts(made.prompt_ids)
         held_out = list(dict.fromkeys(tuple(made.prompt_ids[i]) for i in held))[: s.eval_prompts]
-        held_out, samples = [list(p) for p in held_out], []
+        held_out, valid, samples = [list(p) for p in held_out], [], []
     else:
         judge = ctx.reward  # what is missing for it is missed before hours of sampling
         prompts, _ = data_imdb.sample_prompts(data.tokens["train"], s.prompts,
@@ -316,9 +329,12 @@ def groups(ctx: Context, run: Run) -> None:
         held_out, redrawn = data_imdb.sample_prompts(
             data.tokens["test"], s.eval_prompts, draw_seed(s.seed, "evaluate", "prompts"),
             avoid=set(map(tuple, prompts)))
+        valid, _ = data_imdb.sample_prompts(
+            data.tokens["valid"], s.valid_prompts, draw_seed(s.seed, "validate", "prompts"),
+            avoid=set(map(tuple, prompts + held_out)))
         repeated = [p for p in prompts for _ in range(s.completions)] + \
                    [p for p in held_out for _ in range(s.optimum)]
-        samples = sample_all(ctx, run, reference, repeated)
+        samples = sample_all(ctx, run, reference, repeated, "groups")
         rewards = judge(repeated, samples)
         made, ties = gather_groups(prompts, samples, rewards, s.completions)
         notes = {"equal rewards": ties, "evaluation prompts drawn again": redrawn}
@@ -329,9 +345,12 @@ def groups(ctx: Context, run: Run) -> None:
           f"{', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
     ref_logps = score(ctx, reference, [p for p in made.prompt_ids for _ in range(K)], flat)
     point = ctx.evaluate(reference, reference, held_out)
-    optimum = optimal_frontier(rewards, np.geomspace(20, 0.01, 40)) if samples else []
+    valid_reward = ctx.evaluate(reference, reference, valid)["reward"] if valid else None
+    optimum = [{k: v for k, v in p.items() if k not in ("rewards", "kls")} for p in
+               optimal_frontier(rewards, np.geomspace(20, 0.01, 40))] if samples else []
     save_json(run.path("reference.json"),
-              dict(point=point, optimum=optimum, prompts=held_out, notes=notes))
+              dict(point=point, optimum=optimum, prompts=held_out, notes=notes,
+                   valid=valid, valid_reward=valid_reward))
     write_whole(run.path("groups.jsonl"),
                 lambda file: data_imdb.write_groups(file, made, data.enc))
     run.finish(dict(ref_logps=ref_logps.view(-1, K)))
@@ -391,26 +410,44 @@ def dpo_stage(ctx: Context, run: Run) -> None:
     del ctx.reference  # the cached π_ref becomes π_θ; for its KL it is read again, then dropped
 
     def evaluation(model) -> dict:
-        point = ctx.evaluate(model, ctx.reference, before["prompts"])
+        point = judged(ctx, model, ctx.reference, before)
         del ctx.reference
-        completions = point.pop("completions")
         logps = score(ctx, model, *completions_of(made, some))
-        measures = held_out_measures(logps, ref_logps[some].flatten(),
-                                     torch.from_numpy(made.rewards[some]))
-        last.update(point=point | measures, completions=completions)
-        return {k: v for k, v in last["point"].items() if k not in ("rewards", "kls")}
+        point |= held_out_measures(logps, ref_logps[some].flatten(),
+                                   torch.from_numpy(made.rewards[some]))
+        last.update(point)
+        return {k: v for k, v in point.items() if k != "completions"}
 
+    name = s.loss if s.loss in OTHER_LOSSES else "dpo"
     last, some = {}, np.array(held[:HELD_OUT])
     o = Optim(s.dpo_steps, s.dpo_lr, s.dpo_warmup, s.dpo_schedule, s.dpo_optimizer, 0.0, s.clip)
-    fit(run, "dpo", model, preference_batches(made, ref_logps, train, s),
+    fit(run, name, model, preference_batches(made, ref_logps, train, s),
         preference_loss(s, weight), o, s, "groups" if s.loss == "plackett-luce" else "pairs",
         starts_at_reference(s, len(made.completion_ids[0])), evaluation)
     if not last:  # killed after the last step
         evaluation(model)
-    save_json(run.path("result.json"), last["point"])
-    write_samples(ctx, run, before, last)
+    finish_method(ctx, run, before, last)
     plot_frontier.training_curves(run.folder, ctx.folder("groups") / "reference.json")
     finish_policy(ctx, run, model)
+
+
+def judged(ctx: Context, policy, reference, before: dict, learned=None) -> dict:
+    """The policy's point on the test prompts, and what it is worth on the validation prompts.
+
+    learned: the reward that it was trained on, where that is a callable as r*."""
+    point = ctx.evaluate(policy, reference, before["prompts"])
+    if learned:
+        point["reward_learned"] = float(learned(before["prompts"], point["completions"]).mean())
+    if before["valid"]:
+        valid = ctx.evaluate(policy, reference, before["valid"])
+        point |= dict(valid_reward=valid["reward"], valid_kl=valid["kl"])
+    return point
+
+
+def finish_method(ctx: Context, run: Run, before: dict, point: dict) -> None:
+    """result.json, a trained policy's last point, and samples.txt."""
+    write_samples(ctx, run, before, point)
+    save_json(run.path("result.json"), {k: v for k, v in point.items() if k != "completions"})
 
 
 def write_samples(ctx: Context, run: Run, before: dict, after: dict, n: int = 24) -> None:
@@ -418,8 +455,8 @@ def write_samples(ctx: Context, run: Run, before: dict, after: dict, n: int = 24
     enc, eot, lines = ctx.data.enc, ctx.data.eot, []
     for i, prompt in enumerate(before["prompts"][:n]):
         lines.append(f"prompt:  {enc.decode(prompt[1:])}")
-        for name, made in (("before", before), ("after", after)):
-            point, ids = made["point"], (made.get("completions") or made["point"]["completions"])[i]
+        for name, point in (("before", before["point"]), ("after", after)):
+            ids = point["completions"][i]
             worth = f"r* {point['rewards'][i]:.2f}" if "rewards" in point else "r* -"
             text = enc.decode([t for t in ids if t != eot]).replace("\n", " ")
             end = "" if ids[-1] == eot else " …"
@@ -428,16 +465,16 @@ def write_samples(ctx: Context, run: Run, before: dict, after: dict, n: int = 24
     write_whole(run.path("samples.txt"), lambda file: file.write("\n".join(lines).encode()))
 
 
-def report_dpo(ctx: Context) -> None:
-    """The table, four samples and the picture of a finished dpo run."""
-    folder = ctx.folder("dpo")
+def report_method(ctx: Context, stage: str) -> None:
+    """The table, four samples and the picture of a finished run of a method."""
+    folder = ctx.folder(stage)
     before = json.loads((ctx.folder("groups") / "reference.json").read_text())
     after = json.loads((folder / "result.json").read_text())
     best = optimal_reward(before["optimum"], after["kl"])
     columns = [("reward r*", "reward"), ("KL, nats", "kl"), ("length", "length"), ("ended", "eos"),
                ("repeated", "repetition"), ("grammatical", "grammatical"),
                ("held-out acc.", "accuracy")]
-    rows = [("π_ref", before["point"]), (f"π_θ, β {ctx.s.beta:g}", after),
+    rows = [("π_ref", before["point"]), (f"π_θ, {described(stage, ctx.s)}", after),
             ("optimum at that KL", dict(reward=best, kl=after["kl"]))]
     print("\n" + " " * 20 + "".join(f"{title:>17}" for title, _ in columns))
     for name, point in rows:
@@ -449,7 +486,17 @@ def report_dpo(ctx: Context) -> None:
     print(f"on {after['samples']} held-out prompts, ± one standard error; KL is KL(π ‖ π_ref) a "
           f"completion, one-sample estimate {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}\n")
     print("\n".join((folder / "samples.txt").read_text().splitlines()[:16]))
-    print(f"\nmore samples: {folder / 'samples.txt'}\ncurves:       {folder / 'curves.png'}")
+    print(f"\nmore samples: {folder / 'samples.txt'}")
+    if (folder / "curves.png").exists():
+        print(f"curves:       {folder / 'curves.png'}")
+
+
+def described(stage: str, s: Settings) -> str:
+    """A method's setting in a few letters."""
+    if stage in ("ppo", "ppo-gt"):
+        return f"KL → {s.ppo_target:g}" if s.ppo_target else f"β {s.ppo_beta:g}"
+    return {"unlikelihood": f"α {s.alpha:g}", "preferred-ft": "preferred"}.get(
+        stage, f"β {s.beta:g}")
 
 
 def report_reward(ctx: Context) -> None:

@@ -157,8 +157,8 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
-        row |= {"lr": lr, "tokens_per_s": tokens / seconds, f"{unit}_per_s": n / seconds,
-                "mfu": 3 * forward_flops * tokens / seconds / peak}
+        row |= {"lr": lr, "seconds": seconds, "tokens_per_s": tokens / seconds,
+                f"{unit}_per_s": n / seconds, "mfu": 3 * forward_flops * tokens / seconds / peak}
         if not math.isfinite(row["grad_norm"]):
             row["grad_norm"] = None  # JSON has no infinity
         run.log(dict(step=step) | {k: v and float(f"{v:.6g}") for k, v in row.items()})
@@ -191,7 +191,8 @@ def summary(logs: dict) -> dict:
 def diverged(run: Run, stage: str, step: int, saved: int | None) -> str:
     last = f"the last good checkpoint is step {saved} in {run.path('resume.pt')}" \
         if saved is not None else "nothing was saved before it"
-    rate = {"sft": "--sft-lr", "chosen": "--sft-lr", "reward": "--reward-lr"}.get(stage, "--dpo-lr")
+    rate = {"sft": "--sft-lr", "chosen": "--sft-lr", "reward": "--reward-lr", "rm": "--rm-lr",
+            "ppo": "--ppo-lr", "ppo-gt": "--ppo-lr"}.get(stage, "--dpo-lr")
     return f"{stage}: the loss or its gradient is not finite at step {step}; {last}; " \
            f"try a lower {rate}, or --precision fp32"
 
@@ -256,27 +257,50 @@ def lm_batches(tokens, stage: str, batch: int, accum: int, s: Settings, pad_to: 
 # ------------------------------------------------------------------------------ preferences
 
 
-def preference_batch(made: data_imdb.Groups, ref_logps, picks) -> dict:
+def label_pairs(rewards, s: Settings, picks, uniforms):
+    """Who wins, rewards (G, K) -> yw_idxs, yl_idxs, and the probability p that it does, (N,) each.
+
+    hard: the higher r*, ties dropped. sampled: drawn from Eq. 1 with rewards s r*, by uniforms
+    (P, K (K - 1) / 2), one a pair of every group, whose row is in `picks` (G,). soft: the higher
+    r* with Eq. 1's p; a tie has p = 1/2.
+    """
+    if s.labels == "hard":
+        yw_idxs, yl_idxs, _ = dpo.preference_pairs(rewards)
+        return yw_idxs, yl_idxs, torch.ones(len(yw_idxs))
+    G, K = rewards.shape
+    pairs = torch.combinations(torch.arange(K))  # (K (K - 1) / 2, 2)
+    first, second = ((pairs[:, i] + K * torch.arange(G)[:, None]).flatten() for i in (0, 1))
+    r = s.label_scale * rewards.flatten()
+    p = dpo.preference_probability(r[first], r[second])
+    lost = uniforms[picks].flatten() >= p if s.labels == "sampled" else p < 0.5
+    yw_idxs, yl_idxs = torch.where(lost, second, first), torch.where(lost, first, second)
+    return yw_idxs, yl_idxs, torch.ones_like(p) if s.labels == "sampled" else p.maximum(1 - p)
+
+
+def preference_batch(made: data_imdb.Groups, ref_logps, picks, s=Settings(), uniforms=None) -> dict:
     """Groups to one micro-batch: every completion once (G*K), pairs as index vectors (App. B)."""
     K = len(made.completion_ids[0])
     idx, prompt_lens, lengths = pad_rows([made.prompt_ids[i] for i in picks for _ in range(K)],
                                          [c for i in picks for c in made.completion_ids[i]])
     rewards = torch.from_numpy(made.rewards[picks])
-    yw_idxs, yl_idxs, _ = dpo.preference_pairs(rewards)
-    return dict(idx=idx, prompt_lens=prompt_lens, lengths=lengths, rewards=rewards,
+    yw_idxs, yl_idxs, p = label_pairs(rewards, s, picks, uniforms)
+    return dict(idx=idx, prompt_lens=prompt_lens, lengths=lengths, rewards=rewards, p=p,
                 ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
 
 
 def preference_batches(made, ref_logps, train: list[int], s: Settings):
     """batches(step) for `fit`: s.dpo_batch groups a step, pass after pass, each reshuffled."""
-    train = np.array(train)
+    train, K = np.array(train), made.rewards.shape[1]
+    name = f"dpo {s.run_seed}" if s.run_seed else "dpo"
     permutation = functools.lru_cache(4)(lambda epoch: np.random.default_rng(
-        draw_seed(s.seed, "dpo", f"epoch {epoch}")).permutation(train))
+        draw_seed(s.seed, name, f"epoch {epoch}")).permutation(train))
+    uniforms = torch.rand(len(made.rewards), K * (K - 1) // 2, generator=torch.Generator(
+        ).manual_seed(draw_seed(s.seed, name, "labels")))  # a label is drawn once, as data are
 
     def batches(step: int):
         at = np.arange(step * s.dpo_batch, (step + 1) * s.dpo_batch)
         picks = np.array([permutation(i // len(train))[i % len(train)] for i in at.tolist()])
-        micros = [preference_batch(made, ref_logps, part)
+        micros = [preference_batch(made, ref_logps, part, s, uniforms)
                   for part in np.array_split(picks, min(s.dpo_accum, len(picks)))]
         if s.loss == "plackett-luce":
             return micros, len(picks)
@@ -286,22 +310,30 @@ def preference_batches(made, ref_logps, train: list[int], s: Settings):
 
 
 def preference_loss(s: Settings, weight):
-    """loss_fn for `fit`: Eq. 7, another weight's loss, or A.3's, on one micro-batch of groups."""
+    """loss_fn for `fit`: Eq. 7 or what the settings name in its place, on one micro-batch."""
+    if s.loss in ("unlikelihood", "preferred-ft"):  # satisfied pairs weigh as much as others
+        weight = dpo.WEIGHTS["constant"]
 
     def loss_fn(model, micro):
         prompt_lens, lengths = micro["prompt_lens"], micro["lengths"]
         mask = dpo.completion_mask(prompt_lens, lengths, micro["idx"].size(1))
         token_logps = model.token_logps(micro["idx"], mask)
         pi_logps = dpo.completion_logps(token_logps, prompt_lens, lengths)
-        pair = micro["ref_logps"], micro["yw_idxs"], micro["yl_idxs"], s.beta
-        if s.loss == "plackett-luce":
-            losses, rewards, _ = dpo.plackett_luce_loss(pi_logps, micro["ref_logps"],
-                                                        micro["rewards"], s.beta)
-        elif s.weight == "sigmoid":
-            losses, rewards = dpo.dpo_loss(pi_logps, *pair)
-        else:
-            losses, rewards = dpo.weighted_loss(pi_logps, *pair, weight)
         yw, yl = micro["yw_idxs"], micro["yl_idxs"]
+        rewards = dpo.implicit_reward(pi_logps.detach(), micro["ref_logps"], s.beta)
+        pair = pi_logps, micro["ref_logps"], yw, yl
+        if s.loss == "plackett-luce":
+            losses, rewards, _ = dpo.plackett_luce_loss(*pair[:2], micro["rewards"], s.beta)
+        elif s.loss == "unlikelihood":
+            losses = dpo.unlikelihood_loss(pi_logps, yw, yl, s.alpha)
+        elif s.loss == "preferred-ft":
+            losses = dpo.preferred_ft_loss(pi_logps, yw)
+        elif s.labels == "soft":
+            losses, rewards = dpo.soft_dpo_loss(*pair, micro["p"], s.beta)
+        elif s.weight == "sigmoid":
+            losses, rewards = dpo.dpo_loss(*pair, s.beta)
+        else:
+            losses, rewards = dpo.weighted_loss(*pair, s.beta, weight)
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
         right = (margin > 0).float() + 0.5 * (margin == 0).float()
         return losses.sum(), dict(
@@ -320,11 +352,11 @@ def starts_at_reference(s: Settings, K: int):
         off = row["margin_abs"]
         if s.loss == "plackett-luce":  # less where ties left a ranking shorter than K
             off = max(off, row["loss"] - math.lgamma(K + 1))
-        elif s.weight == "sigmoid":
+        elif s.loss == "pairwise" and s.weight == "sigmoid":
             off = max(off, abs(row["loss"] - math.log(2)))
         if off > tolerance:
             raise UserError(
-                f"dpo: the first loss is {row['loss']:.4f} and its margins {row['margin_abs']:.4f} "
+                f"the first loss is {row['loss']:.4f} and its margins {row['margin_abs']:.4f} "
                 "in size, where π_θ = π_ref gives log 2 = 0.6931 (log K! for Plackett-Luce) and 0; "
                 "likely causes: dropout is on, the reference is another model, or "
                 "groups/ref_logps.pt is stale (delete the groups folder)")

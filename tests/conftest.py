@@ -22,8 +22,9 @@ torch.set_num_threads(1)  # bit-for-bit, and a forked child must not miss its th
 # a chain of stages in a second: 0.02M parameters, with dropout so that resuming is put to the test
 TINY = ("--preset toy --device cpu --threads 1 --reviews 300 --vocab 900 --n-layer 1 --n-head 2 "
         "--n-embd 16 --n-ctx 48 --sft-steps 8 --sft-batch 16 --sft-lr 0.006 --dropout 0.1 "
-        "--prompts 40 --completions 4 --eval-prompts 8 --optimum 4 --max-new 24 --beta 0.5 "
-        "--dpo-steps 6 --dpo-batch 5 --dpo-lr 0.0002").split()
+        "--prompts 40 --completions 4 --eval-prompts 8 --valid-prompts 8 --optimum 4 --max-new 24 "
+        "--beta 0.5 --dpo-steps 6 --dpo-batch 5 --dpo-lr 0.0002 "
+        "--rm-batch 12 --ppo-steps 4 --ppo-rollouts 8").split()
 
 
 def train_py(argv, figures=False) -> int:
@@ -82,7 +83,8 @@ def in_child(work) -> tuple[int, str]:
 
 def folder(out: Path, stage: str) -> Path:
     """The only folder of a stage under --out, whatever its suffix and preset."""
-    found = [f for f in out.glob(f"*/{stage}*") if f.name == stage or f.name[len(stage)] == "-"]
+    found = [f for f in out.glob(f"*/{stage}*") if f.name == stage or f.name[len(stage)] == "-"
+             and not f.name.startswith("ppo-gt" if stage == "ppo" else " ")]
     assert len(found) == 1, f"{stage} under {out}: {found}"
     return found[0]
 

@@ -344,7 +344,9 @@ def test_effective_samples_and_the_limits(rewards):
 @pytest.mark.parametrize("beta", [1e-3, 1e-8, 1e-100, 1e-300])
 def test_a_tiny_beta_neither_overflows_nor_goes_past_log_k(rewards, beta):
     point, = optimal_frontier(rewards.float(), [beta])
-    assert all(math.isfinite(x) for x in point.values()), point
+    assert len(point["rewards"]) == len(point["kls"]) == len(rewards)
+    assert all(math.isfinite(x) for v in point.values()
+               for x in (v if isinstance(v, list) else [v])), point
     assert point["kl"] <= math.log(16) + 1e-9 and point["reward"] <= 1 and point["ess"] >= 1 - 1e-9
     json.dumps(point, allow_nan=False)
 

@@ -7,6 +7,7 @@ import torch
 from conftest import TINY, command, folder
 
 import lessons
+from evaluate import rank_correlation
 from presets import PRESETS
 
 
@@ -35,11 +36,11 @@ def test_sec4_inspect_shows_each_pair_and_its_weight(chain, copied):
 
 def test_rank_correlation_is_spearman_s_within_a_prompt():
     r = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.1, 0.4, 0.2, 0.3]])
-    assert lessons.rank_correlation(r * 7 + torch.tensor([[100.0], [-5.0]]), r) \
+    assert rank_correlation(r * 7 + torch.tensor([[100.0], [-5.0]]), r) \
         == pytest.approx(1, abs=1e-6), "a scale and an f(x) leave the order alone"
-    assert lessons.rank_correlation(-r, r) == pytest.approx(-1, abs=1e-6)
+    assert rank_correlation(-r, r) == pytest.approx(-1, abs=1e-6)
     one_swap = torch.tensor([[1.0, 2.0, 4.0, 3.0]])  # 1 - 6 Σd² / (n (n² - 1)) = 1 - 12 / 60
-    assert lessons.rank_correlation(one_swap, r[:1]) == pytest.approx(0.8, abs=1e-6)
+    assert rank_correlation(one_swap, r[:1]) == pytest.approx(0.8, abs=1e-6)
 
 
 def test_twins_differ_in_their_weight_alone():

@@ -8,8 +8,9 @@ from conftest import command, refused
 
 import pipeline
 from pipeline import STAGES
-from presets import GROUPS, ORDER, PRESETS, TOY, Settings, belonging, check, parse, suffix
+from presets import GROUPS, PRESETS, TOY, Settings, belonging, check, parse, suffix
 from runs import UserError
+from pipeline import parents
 from stages import SETTINGS_OF
 
 
@@ -104,33 +105,41 @@ def test_a_sample_and_its_prompt_fit_the_context(name):
 
 
 def test_groups_and_stages_agree():
-    assert set(ORDER) | {"run"} == set(GROUPS) and len(ORDER) + 1 == len(GROUPS)
-    assert SETTINGS_OF.keys() == STAGES.keys() and set(SETTINGS_OF.values()) <= set(ORDER)
-    assert belonging(TOY, ORDER[-1]).keys() == {f.name for f in fields(Settings)
-                                                if group(f) != "run"}
+    assert {group(f) for f in fields(Settings)} == set(GROUPS), "a group without title or setting"
+    assert SETTINGS_OF.keys() == STAGES.keys()
+    used = {g for groups in SETTINGS_OF.values() for g in groups}
+    assert used == set(GROUPS) - {"run"}, "a group that decides nothing, or `run` that does"
 
 
 @pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
-def test_a_setting_moves_its_own_stage_and_later_ones_only(f):
+def test_a_setting_moves_the_stages_of_its_group_only(f):
     s = changed(f)
-    for i, upto in enumerate(ORDER):
-        same = belonging(s, upto) == belonging(TOY, upto), suffix(s, TOY, upto) == ""
-        before = group(f) == "run" or ORDER.index(group(f)) > i
-        assert same == (before, before), f"{f.name} ({group(f)}) and the stages of {upto}"
+    for stage, groups in SETTINGS_OF.items():
+        same = belonging(s, groups) == belonging(TOY, groups), suffix(s, TOY, groups) == ""
+        other = group(f) not in groups
+        assert same == (other, other), f"{f.name} ({group(f)}) and {stage}"
+
+
+def test_a_stage_depends_on_all_that_its_parents_depend_on():
+    for stage in SETTINGS_OF:
+        for parent in parents(stage, replace(TOY, corpus="imdb")):
+            missing = set(SETTINGS_OF[parent]) - set(SETTINGS_OF[stage])
+            assert not missing, f"{stage} reads {parent}, whose {missing} would not rename it"
 
 
 def test_folders_of_other_settings_have_other_names():
-    names = [suffix(changed(f), TOY, "dpo") for f in fields(Settings) if group(f) != "run"]
+    everything = tuple(set(GROUPS) - {"run"})
+    names = [suffix(changed(f), TOY, everything) for f in fields(Settings) if group(f) != "run"]
     assert "" not in names and len(set(names)) == len(names)
-    assert suffix(replace(TOY, beta=1.0, weight="constant"), TOY, "dpo") == "-constant-beta1.0"
+    assert suffix(replace(TOY, beta=1.0, weight="constant"), TOY, ("dpo",)) == "-constant-beta1.0"
 
 
 def test_a_suffix_is_a_folder_name():
     s = replace(TOY, groups="../é data/my prefs.jsonl", weight="/a/b/" + "c" * 300 + ".py:w")
-    name = suffix(s, TOY, "dpo")
+    name = suffix(s, TOY, SETTINGS_OF["dpo"])
     assert re.fullmatch(r"[-\w.]+", name, re.ASCII) and len(name) < 240, name
     everything = Settings(**{f.name: other_value(f) for f in fields(Settings)})
-    long, longer = (suffix(replace(everything, dpo_lr=lr), TOY, "dpo") for lr in (0.5, 0.75))
+    long, longer = (suffix(replace(everything, dpo_lr=lr), TOY, SETTINGS_OF["dpo"]) for lr in (0.5, 0.75))
     assert len("groups" + long) < 256, "more than a file system's name holds"
     assert long != longer, "cut, two settings share a folder"
 

@@ -12,7 +12,7 @@ import data_imdb
 import toy_reviews
 from dpo import preference_pairs, reward_model_loss
 from gpt import GPT, GPTConfig, pad_rows
-from reward import (RewardModel, SentimentReward, SiebertReward, ToyReward, accuracy, crop, cut,
+from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy, crop, cut,
                     label_batch, label_batches, label_loss)
 from runs import UserError, save_tensors
 
@@ -281,7 +281,7 @@ def test_a_tiny_model_learns_whether_a_word_occurs():
 
 def test_sentiment_is_a_probability_of_prompt_and_completion_without_its_end():
     model = random_model()
-    judge = SentimentReward(model.train(), EOS)
+    judge = ModelReward(model.train(), EOS)
     assert not model.training, "a judge has no dropout"
     rows = random_rows(20, 3, 14)
     prompts, completions = [r[:2] for r in rows], [r[2:] for r in rows]
@@ -294,17 +294,17 @@ def test_sentiment_is_a_probability_of_prompt_and_completion_without_its_end():
         torch.testing.assert_close(p, alone, atol=1e-5, rtol=0)
     ended = judge(prompts, [c + [EOS] for c in completions])
     torch.testing.assert_close(ended, got, msg="a closing <|endoftext|> moved the reward")
-    few = SentimentReward(model, EOS, rows=3)(prompts, completions)
+    few = ModelReward(model, EOS, rows=3)(prompts, completions)
     torch.testing.assert_close(few, got, atol=1e-5, rtol=0, msg="rewards depend on the batch")
 
 
 def test_a_completion_that_ends_at_once_is_judged_by_its_prompt():
-    judge = SentimentReward(random_model(), EOS)
+    judge = ModelReward(random_model(), EOS)
     assert torch.equal(judge([[EOS, 1, 2]], [[EOS]]), judge([[EOS, 1]], [[2, EOS]]))
 
 
 def test_a_text_past_the_judges_context_is_refused():
-    judge = SentimentReward(random_model(), EOS)
+    judge = ModelReward(random_model(), EOS)
     judge([[EOS]], [[1] * 15 + [EOS]])  # 16 tokens fit: its end is not read
     with pytest.raises(UserError, match="17 tokens.*reads 16.*--reward-ctx"):
         judge([[EOS, 1], [EOS]], [[2], [1] * 16])

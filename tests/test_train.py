@@ -21,7 +21,7 @@ from train import (STOP, Interrupted, Optim, draw_seed, fit, learning_rate, lm_b
 
 V, N_CTX, EOT = 20, 24, 19
 S = replace(Settings(), precision="fp32", n_ctx=N_CTX, save_secs=math.inf, dpo_batch=7, beta=0.5)
-PER_SECOND = ("tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
+PER_SECOND = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
 
 
 def model(dropout=0.0, seed=0, dtype=torch.float32):
@@ -380,7 +380,7 @@ def test_every_step_logs_what_a_reader_asks_for(tmp_path):
     wanted = {"step", "loss", "accuracy", "margin", "margin_abs", "reward_chosen",
               "reward_rejected", "logp_chosen", "logp_rejected", "weight", "weight_5",
               "weight_25", "weight_50", "weight_75", "weight_95", "grad_norm", "lr",
-              "tokens_per_s", "pairs_per_s", "mfu"}
+              "tokens_per_s", "pairs_per_s", "mfu", "seconds"}
     assert [r["step"] for r in rows] == list(range(6))
     for row in rows:
         assert wanted <= row.keys(), f"missing: {wanted - row.keys()}"

@@ -1,0 +1,300 @@
+"""The sweep: every method of Figure 2 from one reference model, its points in frontier.jsonl.
+
+A method's learning rate is chosen among four on validation prompts; then each of its settings runs
+at that rate, and is judged at regular steps on test prompts, the same for all and never chosen on.
+Knows no equation and no figure (plot_frontier.py); a run is a stage of pipeline.py.
+
+P prompts, K samples a prompt.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import plot_frontier
+import points
+from evaluate import optimal_frontier, standard_error
+from methods import best_of_kl, expected_best, learned_reward
+from presets import Settings
+from runs import Run, UserError, load_tensors
+from stages import Context, save_json, split_prompts
+from train import STOP, Interrupted, autocast, draw_seed
+
+POINTS = 6  # of every run: at its sixths
+DIAL = (5, 10, 20, 50)  # s/β, which alone decides where sampled and soft labels lead
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
+
+
+class Method(NamedTuple):
+    stage: str
+    rate: str  # the setting that is its learning rate ...
+    multiples: tuple  # ... and four multiples of it to choose from
+    settings: dict[str, dict]  # by name: what sets them apart
+    central: str  # the one that the rate is chosen on
+    seeds: int  # run seeds
+
+
+def methods_of(s: Settings) -> dict[str, Method]:
+    toy = s.corpus == "toy"
+    targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
+    betas = {f"beta={b:g}": dict(beta=b) for b in (0.05, 0.1, 0.5, 1.0, 5.0)}  # Section 6.1, and 0.5
+    alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
+    kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
+    gentle, usual = (0.125, 0.25, 0.5, 1.0), (0.25, 0.5, 1.0, 2.0)
+    found = {
+        "dpo": Method("dpo", "dpo_lr", usual, betas, "beta=1" if toy else "beta=0.1", s.seeds),
+        "unlikelihood": Method("unlikelihood", "dpo_lr", gentle, alphas, "alpha=0.5", s.seeds),
+        "preferred-ft": Method("preferred-ft", "dpo_lr", (0.5, 1.0, 2.0, 4.0),
+                               {"": dict(loss="preferred-ft")}, "", max(3, s.seeds)),
+        "ppo": Method("ppo", "ppo_lr", usual, kls, f"target={targets[2]:g}", s.seeds),
+        "ppo-gt": Method("ppo-gt", "ppo_lr", usual, kls, f"target={targets[2]:g}", s.seeds)}
+    if s.rankings:
+        rankings = {name: dict(loss="plackett-luce", **v) for name, v in betas.items()}
+        found["plackett-luce"] = found["dpo"]._replace(settings=rankings)
+    for labels in ("sampled", "soft") if s.dial else ():
+        dial = {f"s/beta={x}": dict(labels=labels, beta=s.label_scale / x) for x in DIAL}
+        found[f"dpo-{labels}"] = found["dpo"]._replace(settings=dial, central="s/beta=10")
+    return found
+
+
+class Planned(NamedTuple):
+    """One run of the sweep."""
+
+    method: str
+    setting: str
+    stage: str
+    settings: Settings
+    rate: float
+
+
+def planned(s: Settings, method: str, setting: str, rate: float, seed: int = 0) -> Planned:
+    m = methods_of(s)[method]
+    changes = dict(run_seed=seed, **{m.rate: rate}, **m.settings[setting])
+    if m.stage in ("ppo", "ppo-gt"):
+        changes |= dict(eval_every=max(1, s.ppo_steps // POINTS))
+    else:
+        changes |= dict(dpo_steps=s.sweep_steps, dpo_warmup=s.sweep_steps // 6,
+                        eval_every=max(1, s.sweep_steps // POINTS))
+    return Planned(method, setting, m.stage, replace(s, **changes), rate)
+
+
+def candidates(s: Settings) -> list[Planned]:
+    """Four learning rates a method, at its central setting."""
+    return [planned(s, name, m.central, float(f"{getattr(s, m.rate) * x:.3g}"))
+            for name, m in methods_of(s).items() for x in m.multiples]
+
+
+def finals(s: Settings, rates: dict[str, float]) -> list[Planned]:
+    """Every setting and seed of every method at its chosen rate."""
+    return [planned(s, name, setting, rates[name], seed)
+            for name, m in methods_of(s).items() if name in rates
+            for setting in m.settings for seed in range(m.seeds)]
+
+
+def evaluations(ctx: Context, p: Planned) -> list[dict]:
+    """The points of a finished run, each with its step and what was spent until then."""
+    made, K = ctx.groups, ctx.s.completions
+    drawn = len(split_prompts(made.prompt_ids)[0]) * K  # what the preferences cost
+    found, seconds, last = [], 0.0, {}
+    for row in plot_frontier.read_rows(ctx.beside(p.settings).folder(p.stage) / "metrics.jsonl"):
+        if "eval" not in row:
+            seconds, last = seconds + row["seconds"], row
+            continue
+        step = row["step"] + 1
+        if p.stage == "ppo-gt":
+            spent = last["samples"], last["forwards"]
+        elif p.stage == "ppo":
+            spent = drawn + last["samples"], drawn * ctx.s.rm_epochs + last["forwards"]
+        else:  # π_ref scores each completion once, for the losses that have it
+            scored = drawn if p.stage == "dpo" else 0
+            spent = drawn, scored + step * p.settings.dpo_batch * K
+        found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=spent[0],
+                          forwards=spent[1]))
+    return found
+
+
+def top_kl(ctx: Context) -> float:
+    """The KL up to which methods are compared."""
+    return points.SCALES.get(ctx.preset, points.IMDB_SCALE)[1]
+
+
+# ------------------------------------------------------------------------------ the runs
+
+
+def sweep(ctx: Context, make) -> dict[str, str]:
+    """All runs, through `make` of pipeline.py: the rates' first, then the rest. Their hashes."""
+    s = ctx.s
+    first = candidates(s)
+    total = len(first) + 2 + sum(len(m.settings) * m.seeds - 1 for m in methods_of(s).values())
+    cores = os.cpu_count() or 1
+    jobs = s.jobs or (4 if ctx.device.type == "cuda" else cores)
+    shared = dict(threads=max(1, cores // jobs)) if jobs > 1 else {}
+    failed, names, began = [], {}, time.monotonic()
+    with tqdm(total=total, desc="frontier", unit="run", dynamic_ncols=True,
+              disable=not sys.stderr.isatty()) as bar:
+        ended = []
+
+        def done(stage, settings, error):
+            p = names.get((stage, settings))
+            what = f"{p.method} {p.setting}, rate {p.rate:g}, seed {p.settings.run_seed}" if p \
+                else stage
+            if error:
+                failed.append((p, error))
+                what += f": {error}"
+            elif p:
+                last = evaluations(ctx, p)[-1]
+                what += f": reward {last['reward']:.3f} at KL {last['kl']:.2f}"
+            ended.append(what)
+            left = (time.monotonic() - began) * (total / len(ended) - 1)
+            bar.update()
+            bar.write(f"  {len(ended)} of {total} runs, {left:.0f} s left; {what}")
+            if STOP:
+                raise Interrupted("the runs that ended are kept")
+
+        def run(plans, *others):
+            names.update({(p.stage, replace(p.settings, **shared)): p for p in plans})
+            wanted = [(p.stage, replace(p.settings, **shared)) for p in plans]
+            return make([*others, *wanted], jobs=jobs, done=done)
+
+        shared_s = replace(s, **shared)
+        learns = [p for p in first if p.stage == "ppo"]  # from r_φ, which is trained meanwhile
+        hashes = run([p for p in first if p not in learns], ("rm", shared_s))
+        rest = [p for p in finals(s, chosen_rates(ctx)) if p not in first]
+        hashes |= run([*learns, *rest], ("best-of-n", shared_s))
+        late = [p for p in finals(s, chosen_rates(ctx)) if p not in first and p not in rest]
+        hashes |= run(late)
+    lost = [(p, e) for p, e in failed if p not in first]
+    if lost:
+        raise UserError(f"{len(lost)} runs of the frontier failed, the others are kept; the first: "
+                        f"{lost[0][1]}")
+    return hashes
+
+
+def chosen_rates(ctx: Context) -> dict[str, float]:
+    """For each method the learning rate with the largest area under its validation envelope."""
+    return {row["method"]: row["rate"] for row in rate_table(ctx) if row["chosen"]}
+
+
+def rate_table(ctx: Context) -> list[dict]:
+    """Every candidate, its area on validation prompts, and whether it was chosen."""
+    start = json.loads((ctx.folder("groups") / "reference.json").read_text())["valid_reward"]
+    table = []
+    for p in candidates(ctx.s):
+        area = None  # of a run that failed
+        if (ctx.beside(p.settings).folder(p.stage) / "model.pt").exists():
+            found = evaluations(ctx, p)
+            kl, r = ([x[key] for x in found] for key in ("valid_kl", "valid_reward"))
+            area = float(points.area(kl, r, top_kl(ctx), start))
+        table.append(dict(method=p.method, setting=p.setting, rate=p.rate, area=area))
+    for method in methods_of(ctx.s):
+        rows = [row for row in table if row["method"] == method]
+        best = max(rows, key=lambda row: -math.inf if row["area"] is None else row["area"])
+        for row in rows:
+            row["chosen"] = row is best and row["area"] is not None
+    return table
+
+
+# ------------------------------------------------------------------------------ the points
+
+
+def frontier(ctx: Context, run: Run) -> None:
+    """All points of the sweep in frontier.jsonl; rates.json says how the rates were chosen."""
+    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
+    state = load_tensors(ctx.folder("best-of-n") / "samples.pt")
+    s, config = ctx.s, ctx.reference.config
+    size = sum(p.numel() for p in ctx.reference.parameters()) / 1e6
+    base = np.array(before["point"]["rewards"])
+
+    def line(method, setting, point, seed=0, **more) -> dict:
+        row = dict(seed=seed, step=0, temperature=1.0, seconds=0.0) | point | more
+        row |= dict(preset=ctx.preset, method=method, setting=setting,
+                    model=f"{size:.2g}M parameters, {config.n_layer} layers of {config.n_embd}")
+        row.setdefault("win", float(np.mean(wins(np.array(row["rewards"]), base))))
+        return {key: row.get(key) for key in points.KEYS}
+
+    lines = [line("sft", "", before["point"], samples=0, forwards=0,
+                  reward_learned=float(state["learned"].mean()))]
+    rates = rate_table(ctx)
+    plans = finals(s, {row["method"]: row["rate"] for row in rates if row["chosen"]})
+    for p in plans:
+        for point in evaluations(ctx, p):
+            if p.stage == "dpo":  # its reward model is itself
+                point["reward_learned"] = p.settings.beta * point["kl_mc"]
+            lines.append(line(p.method, p.setting, point, p.settings.run_seed))
+    lines += sampled_lines(s, state, base, line)
+    if s.temperatures:
+        lines += temperature_lines(ctx, plans, before, line)
+    save_json(run.path("rates.json"), rates)
+    run.finish(lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in lines))
+
+
+def wins(rewards, base):
+    """1 where a reward is larger than that of π_ref's sample on its prompt, 1/2 where equal."""
+    return (rewards > base) + 0.5 * (rewards == base)
+
+
+def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
+    """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), without training."""
+    r, learned = state["rewards"], state["learned"]
+    won = torch.from_numpy(wins(r.numpy().round(4), base[:, None].astype(np.float32)))
+    P, lines = len(r), []
+    for method, scores in (("best-of-n", r), ("best-of-n-learned", learned)):
+        for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= s.best_of):
+            best, kl = expected_best(scores, r, N), best_of_kl(N)
+            lines.append(line(method, f"N={N}", dict(
+                reward=float(best.mean()), reward_se=standard_error(best), kl=kl, kl_se=0.0,
+                rewards=[round(x, 4) for x in best.tolist()], kls=[round(kl, 4)] * P,
+                win=float(expected_best(scores, won, N).mean()),
+                reward_learned=float(expected_best(scores, learned, N).mean()),
+                samples=P * N, forwards=P * N * (method != "best-of-n"))))
+    sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
+    for x, point in zip(sharpness, optimal_frontier(r, [1 / x for x in sharpness])):
+        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), forwards=0))
+    return lines
+
+
+def temperature_lines(ctx: Context, plans, before: dict, line, N: int = 16) -> list[dict]:
+    """One finished policy a method, at temperatures below 1: the best on validation prompts within
+    the plotted range of KL; π_ref; and Best-of-N by r_φ of π_ref's samples at that temperature."""
+    policies, prompts, judge = [("sft", "", 0, 0, ctx.reference)], before["prompts"], ctx.reward
+    for method in ("dpo", "ppo", "preferred-ft"):
+        last = [(evaluations(ctx, p)[-1], p) for p in plans if p.method == method]
+        near = [x for x in last if x[0]["valid_kl"] <= top_kl(ctx)] or last
+        point, p = max(near, key=lambda x: x[0]["valid_reward"])
+        policy = ctx.beside(p.settings).policy(p.stage)
+        policies.append((method, p.setting, p.settings.run_seed, point["step"], policy))
+    lines, learned = [], learned_reward(ctx)
+    for t in TEMPERATURES:
+        for method, setting, seed, step, policy in policies:
+            point = ctx.evaluate(policy, ctx.reference, prompts, temperature=t)
+            lines.append(line(method, setting, point, seed, step=step))
+        repeated = [p for p in prompts for _ in range(N)]
+        with autocast(ctx.device, ctx.s.precision):
+            samples = ctx.reference.sample(repeated, ctx.s.max_new, ctx.data.eot, draw_seed(
+                ctx.s.seed, "best-of-n", f"temperature {t}"), temperature=t, rows=ctx.rows())
+        best = learned(repeated, samples).view(-1, N).argmax(1).tolist()
+        rewards = judge(prompts, [samples[i * N + k] for i, k in enumerate(best)])
+        kl = best_of_kl(N)  # to π_ref at this temperature
+        lines.append(line("best-of-n-learned", f"N={N}", dict(
+            temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts), reward=float(rewards.mean()), reward_se=standard_error(rewards),
+            rewards=[round(x, 4) for x in rewards.tolist()], samples=len(samples),
+            forwards=len(samples))))
+    return lines
+
+
+def report_frontier(ctx: Context) -> None:
+    folder = ctx.folder("frontier")
+    for row in json.loads((folder / "rates.json").read_text()):
+        if row["chosen"]:
+            print(f"  {row['method']:<14} learning rate {row['rate']:g}, area {row['area']:.3f} on "
+                  "validation prompts")
+    for picture in plot_frontier.draw_frontier(folder / "frontier.jsonl"):
+        print(f"picture: {picture}")

@@ -1,0 +1,201 @@
+"""frontier.py: the sweep as a stage. Two steps a run: what is asked is bookkeeping, not quality."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY, command, folder, refused
+
+import frontier
+import pipeline
+import points
+from frontier import candidates, finals, methods_of, rate_table
+from methods import best_of_kl
+from presets import TOY, parse
+from pipeline import STAGES
+from runs import UserError
+from stages import Context
+from train import Interrupted
+
+FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",
+       "--rm-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def swept(chain, tmp_path_factory):
+    """.out of a whole sweep with every extra, two points a run."""
+    out = tmp_path_factory.mktemp("frontier") / "out"
+    for stage in ("sft", "groups"):
+        shutil.copytree(folder(chain.out, stage), out / "toy" / folder(chain.out, stage).name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontier, "POINTS", 2)
+        result = command("--stage", "frontier", *FEW, "--temperatures", "--out", out, "--data",
+                         chain.data, figures=True)
+    assert result.code == 0, result.err
+    return out, result.out
+
+
+@pytest.fixture
+def ctx(chain, swept, monkeypatch):
+    monkeypatch.setattr(frontier, "POINTS", 2)
+    _, name, _, s = parse([*FEW, "--out", str(swept[0]), "--data", str(chain.data)], STAGES, False)
+    return Context(name, s, [])
+
+
+@pytest.fixture
+def lines(swept):
+    return points.read_points(folder(swept[0], "frontier") / "frontier.jsonl")
+
+
+def test_figure_2_is_whole(lines):
+    found = {(p["method"], p["setting"]) for p in lines}
+    for method, m in methods_of(TOY).items():
+        assert {(method, setting) for setting in m.settings} <= found
+    assert {("sft", ""), ("best-of-n", "N=16"), ("best-of-n-learned", "N=4")} <= found
+    betas = {p["setting"] for p in lines if p["method"] == "dpo"}
+    assert betas == {"beta=0.05", "beta=0.1", "beta=0.5", "beta=1", "beta=5"}, "Section 6.1, and 0.5"
+    seeds = {p["seed"] for p in lines if p["method"] == "preferred-ft"}
+    assert seeds == {0, 1, 2}, "Preferred-FT has no setting but its seed"
+
+
+def test_every_point_has_every_key_and_the_same_prompts(lines):
+    for p in lines:
+        assert tuple(p) == tuple(points.KEYS)
+        assert len(p["rewards"]) == len(p["kls"]) == 8
+        assert 0 <= p["win"] <= 1
+    sft = next(p for p in lines if p["method"] == "sft" and p["temperature"] == 1)
+    assert sft["kl"] == 0 and sft["win"] == 0.5 and sft["step"] == 0, "π_ref ties with itself"
+    for p in lines:
+        if p["method"] == "best-of-n":
+            assert p["kl"] == pytest.approx(best_of_kl(int(p["setting"][2:])))
+        if p["method"] == "dpo" and p["temperature"] == 1:
+            beta = float(p["setting"][5:])
+            assert p["reward_learned"] == pytest.approx(beta * p["kl_mc"]), "r̂ of its own samples"
+
+
+def test_points_come_at_regular_steps_and_their_cost_only_grows(lines):
+    runs = {}
+    for p in lines:
+        if p["method"] in methods_of(TOY) and p["temperature"] == 1:
+            runs.setdefault((p["method"], p["setting"], p["seed"]), []).append(p)
+    for name, run in runs.items():
+        assert [p["step"] for p in run] == [1, 2], name
+        assert run[0]["forwards"] < run[1]["forwards"] and run[0]["seconds"] <= run[1]["seconds"]
+
+
+def test_a_rate_is_the_best_of_four_on_validation_prompts(ctx, swept):
+    table = rate_table(ctx)
+    assert table == json.loads((folder(swept[0], "frontier") / "rates.json").read_text())
+    for method in methods_of(ctx.s):
+        rows = [row for row in table if row["method"] == method]
+        assert len({row["rate"] for row in rows}) == 4
+        best, = (row for row in rows if row["chosen"])
+        assert best["area"] == max(row["area"] for row in rows)
+    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
+    assert not set(map(tuple, before["valid"])) & set(map(tuple, before["prompts"]))
+
+
+def test_a_candidate_at_the_chosen_rate_is_a_run_of_the_figure():
+    s, rates = TOY, {name: float(f"{getattr(TOY, m.rate) * m.multiples[1]:.3g}")
+                     for name, m in methods_of(TOY).items()}
+    both = [p for p in finals(s, rates) if p in candidates(s)]
+    assert len(both) == len(methods_of(s)), "one a method, which is not run twice"
+
+
+def test_temperatures_are_those_of_one_finished_policy_a_method(lines):
+    for method in ("dpo", "ppo", "preferred-ft", "best-of-n-learned", "sft"):
+        cold = [p for p in lines if p["method"] == method and p["temperature"] != 1]
+        assert sorted(p["temperature"] for p in cold) == [0, 0.25, 0.5, 0.75]
+        assert len({(p["setting"], p["seed"], p["step"]) for p in cold}) == 1
+        key = "setting", "seed", "step"
+        assert any(all(p[k] == cold[0][k] for k in key) for p in lines
+                   if p["method"] == method and p["temperature"] == 1)
+
+
+def test_a_finished_run_is_never_run_again(chain, swept, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(swept[0], out, copy_function=shutil.copy2)
+    shutil.rmtree(folder(out, "frontier"))
+    monkeypatch.setattr(frontier, "POINTS", 2)
+    monkeypatch.setattr(pipeline, "make_one", lambda *a: pytest.fail(f"run again: {a[2]}"))
+    result = command("--stage", "frontier", *FEW, "--temperatures", "--out", out, "--data",
+                     chain.data)
+    assert result.code == 0, result.err
+    again, before = (points.read_points(folder(root, "frontier") / "frontier.jsonl")
+                     for root in (out, swept[0]))
+    assert [p for p in again if p["temperature"] == 1] == \
+        [p for p in before if p["temperature"] == 1], "the same points from the same files"
+
+
+# ------------------------------------------------------------------------------ many at once
+
+
+@pytest.fixture
+def two(chain, copied, monkeypatch):
+    """A context with groups, and a sweep of two settings of one method."""
+    out = copied("sft", "groups")
+    one = methods_of(TOY)["unlikelihood"]._replace(multiples=(0.5, 1.0), settings={
+        f"alpha={a}": dict(loss="unlikelihood", alpha=a) for a in (0.5, 1.0)})
+    monkeypatch.setattr(frontier, "methods_of", lambda s: {"unlikelihood": one})
+    monkeypatch.setattr(frontier, "POINTS", 1)
+    _, name, _, s = parse([*FEW, "--out", str(out), "--data", str(chain.data)], STAGES, False)
+    return Context(name, s, [])
+
+
+def test_runs_in_parallel_are_the_runs_one_after_the_other(two, chain):
+    plans = candidates(two.s)
+    jobs, heard = [(p.stage, p.settings) for p in plans], []
+    pipeline.build(two, "groups", "groups")
+    hashes = pipeline.make_all(two, jobs, 2, lambda *a: heard.append(a))
+    assert len(hashes) == 2 and {error for *_, error in heard} == {None}
+    folders = [two.beside(s).folder(stage) for stage, s in jobs]
+    kept = [(f / "model.pt").read_bytes() for f in folders]
+    for f in folders:
+        shutil.rmtree(f)
+    assert pipeline.make_all(two, jobs, 1, lambda *a: None) == hashes
+    assert [(f / "model.pt").read_bytes() for f in folders] == kept
+
+
+def test_one_run_that_fails_stops_no_other(two, monkeypatch, capsys):
+    make_one, calls = pipeline.make_one, []
+
+    def failing(preset, settings, stage, *rest):
+        calls.append(settings)
+        if len(calls) == 1:
+            return UserError("it diverged")
+        return make_one(preset, settings, stage, *rest)
+
+    monkeypatch.setattr(pipeline, "make_one", failing)
+    monkeypatch.setattr(frontier, "finals", lambda s, rates: [])
+    pipeline.build(two, "groups", "groups")
+    frontier.sweep(two, lambda runs, **more: pipeline.make_all(
+        two, [j for j in runs if j[0] == "unlikelihood"], **more))
+    assert "it diverged" in capsys.readouterr().out
+    rates = rate_table(two)
+    assert [row["area"] is None for row in rates] == [True, False], "it loses, and is named"
+    assert [row["chosen"] for row in rates] == [False, True]
+
+
+def test_a_run_of_the_figure_that_fails_is_told_at_the_end(two, monkeypatch, capsys):
+    make_one = pipeline.make_one
+    monkeypatch.setattr(pipeline, "make_one", lambda preset, s, *rest: UserError("it diverged")
+                        if s.alpha == 1 else make_one(preset, s, *rest))
+    pipeline.build(two, "groups", "groups")
+    with pytest.raises(UserError, match="1 runs of the frontier failed.*it diverged"):
+        frontier.sweep(two, lambda runs, **more: pipeline.make_all(
+            two, [j for j in runs if j[0] == "unlikelihood"], **more))
+
+
+def test_ctrl_c_stops_the_sweep(two, monkeypatch):
+    monkeypatch.setattr(pipeline, "make_one", lambda *a: Interrupted("saved at step 1"))
+    pipeline.build(two, "groups", "groups")
+    with pytest.raises(Interrupted):
+        frontier.sweep(two, lambda runs, **more: pipeline.make_all(two, runs, **more))
+
+
+def test_a_sweep_over_a_parent_that_changed(chain, copied):
+    out = copied("sft", "groups")
+    argv = ["--stage", "frontier", *FEW, "--out", out, "--data", chain.data]
+    model = folder(out, "sft") / "model.pt"
+    model.write_bytes(model.read_bytes()[:-100])
+    refused(command(*argv), "sft has changed since", "delete")
