@@ -11,7 +11,7 @@ import math
 import torch
 
 from dpo import completion_mask, kl_divergence, optimal_policy
-from gpt import GPT, pad_rows
+from gpt import GPT, alike, pad_rows
 
 BLOCK_BYTES = 2**26  # of float32 log-probs over the vocabulary, made at a time
 
@@ -83,10 +83,12 @@ def evaluate(policy: GPT, reference: GPT, prompts, reward, eos: int, max_new: in
     if completions is None:
         completions = policy.sample(prompts, max_new, eos, seed, temperature, rows=rows)
     device = policy.wte.weight.device
-    kls = torch.cat([
-        sequence_kl(policy, reference, *(x.to(device) for x in pad_rows(
-            prompts[i : i + rows], completions[i : i + rows])), temperature=temperature)
-        for i in range(0, len(prompts), rows)], dim=1)
+    kls = torch.empty(3, len(prompts), dtype=torch.float64)
+    _, parts = alike(torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)]), device)
+    for part in (i for piece in parts for i in piece.split(rows)):
+        padded = pad_rows([prompts[i] for i in part], [completions[i] for i in part])
+        kls[:, part] = sequence_kl(policy, reference, *(x.to(device) for x in padded),
+                                   temperature=temperature)
     lengths = torch.tensor([float(len(c)) for c in completions])
     point = dict(
         kl=float(kls[0].mean()), kl_se=standard_error(kls[0]),

@@ -333,6 +333,13 @@ def pad_rows(prompts, completions, fill=0):
     return idx, torch.tensor([len(p) for p in prompts]), lengths
 
 
+def alike(lengths, device):
+    """Row indices by length, (B,) -> (B,), and those in parts: on a CPU a padded position costs as
+    much as a token, and four parts with padding of their own take a third less; on a GPU, one."""
+    order = lengths.argsort()
+    return order, order.chunk(4 if device.type == "cpu" else 1)
+
+
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One token a row by inverse CDF: logits (B, V), uniforms u (B,) in [0, 1) -> (B,).
 

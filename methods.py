@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import dpo
 from evaluate import rank_correlation
-from gpt import GPT, pad_rows
+from gpt import GPT, alike, pad_rows
 from ppo import PPO, PPOConfig
 from reward import ModelReward, RewardModel
 from runs import Run, UserError, load_tensors, save_tensors
@@ -48,7 +48,12 @@ def rm(ctx: Context, run: Run) -> None:
         return [dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)], len(yw_idxs)
 
     def loss(model, micro):
-        scores = model(micro["idx"], micro["lengths"])
+        lengths, out = micro["lengths"], []
+        order, parts = alike(lengths, lengths.device)
+        for rows in parts:
+            T = int(lengths[rows].max()) if len(parts) > 1 else micro["idx"].size(1)
+            out.append(model(micro["idx"][rows, :T], lengths[rows]))
+        scores = torch.cat(out)[order.argsort()]
         losses = dpo.reward_model_loss(scores, micro["yw_idxs"], micro["yl_idxs"])
         margin = dpo.margins(scores.detach(), micro["yw_idxs"], micro["yl_idxs"])
         return losses.sum(), dict(accuracy=(margin > 0).float(), margin=margin)

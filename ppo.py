@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo import completion_mask
-from gpt import GPT, GPTConfig, pad_rows
+from gpt import GPT, GPTConfig, alike, pad_rows
 
 
 class PPOConfig(NamedTuple):
@@ -242,7 +242,8 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         n = int(rollouts[1][part.to(rollouts[1].device)].sum())  # tokens
         total = torch.zeros(4, device=rollouts[0].device)
-        for some in part[lengths[part].argsort()].split(self.rows):
+        _, pieces = alike(lengths[part], rollouts[0].device)
+        for some in (part[i] for piece in pieces for i in piece.split(self.rows)):
             idx, mask, old_logps, advantages, returns = cut(rollouts, some, lengths)
             with self.context():
                 values = self.value(idx)

@@ -29,7 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 import data_imdb  # noqa: E402
 import dpo  # noqa: E402
-from gpt import pad_rows  # noqa: E402
+from gpt import alike, pad_rows  # noqa: E402
 from presets import Settings  # noqa: E402
 from runs import Run, UserError  # noqa: E402
 
@@ -309,16 +309,24 @@ def preference_batches(made, ref_logps, train: list[int], s: Settings):
     return batches
 
 
+def sequence_logps(model, idx, prompt_lens, lengths):
+    """log π(y|x) in nats: idx (B, T), (B,), (B,) -> (B,)."""
+    (order, parts), out = alike(lengths, idx.device), []
+    for rows in parts:
+        T = int(lengths[rows].max()) if len(parts) > 1 else idx.size(1)  # no GPU-CPU sync
+        mask = dpo.completion_mask(prompt_lens[rows], lengths[rows], T)
+        logps = model.token_logps(idx[rows, :T], mask)
+        out.append(dpo.completion_logps(logps, prompt_lens[rows], lengths[rows]))
+    return torch.cat(out)[order.argsort()]
+
+
 def preference_loss(s: Settings, weight):
     """loss_fn for `fit`: Eq. 7 or what the settings name in its place, on one micro-batch."""
     if s.loss in ("unlikelihood", "preferred-ft"):  # satisfied pairs weigh as much as others
         weight = dpo.WEIGHTS["constant"]
 
     def loss_fn(model, micro):
-        prompt_lens, lengths = micro["prompt_lens"], micro["lengths"]
-        mask = dpo.completion_mask(prompt_lens, lengths, micro["idx"].size(1))
-        token_logps = model.token_logps(micro["idx"], mask)
-        pi_logps = dpo.completion_logps(token_logps, prompt_lens, lengths)
+        pi_logps = sequence_logps(model, micro["idx"], micro["prompt_lens"], micro["lengths"])
         yw, yl = micro["yw_idxs"], micro["yl_idxs"]
         rewards = dpo.implicit_reward(pi_logps.detach(), micro["ref_logps"], s.beta)
         pair = pi_logps, micro["ref_logps"], yw, yl
