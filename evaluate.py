@@ -115,8 +115,8 @@ def optimal_frontier(rewards, betas) -> list[dict]:
     Self-normalised reweighting: w, exp(r / β) over its prompt's sum, stands for π_r / π_ref, with
     1 / K for π_ref. Then reward = Σ w r and KL = Σ w log(K w), means over prompts, one β for all.
     No training, and no policy lies above what it estimates, so it also tests the KL estimator.
-    `ess`, the effective number of samples a prompt (K at β = ∞, 1 when one has all the weight), says
-    where to stop believing it: the KL cannot pass log K.
+    `ess`, the effective number of samples a prompt (K at β = ∞, 1 when one has all the weight),
+    says where to stop believing it: the KL cannot pass log K.
     """
     P, K = rewards.shape
     rewards = rewards.double()

@@ -1,7 +1,8 @@
 """The sweep: every method of Figure 2 from one reference model, its points in frontier.jsonl.
 
 A method's learning rate is chosen among four on validation prompts; then each of its settings runs
-at that rate, and is judged at regular steps on test prompts, the same for all and never chosen on.
+at that rate, and is judged at regular steps on test prompts, the same for all: no rate, and no
+policy for another temperature, is chosen on them.
 Knows no equation and no figure (plot_frontier.py); a run is a stage of pipeline.py.
 
 P prompts, K samples a prompt.
@@ -45,23 +46,26 @@ class Method(NamedTuple):
 def methods_of(s: Settings) -> dict[str, Method]:
     toy = s.corpus == "toy"
     targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
-    betas = {f"beta={b:g}": dict(beta=b) for b in (0.05, 0.1, 0.5, 1.0, 5.0)}  # Section 6.1, and 0.5
+    paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
+    betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's four, and two between
+             for b in (0.05, 0.1, 0.5, 1.0, 2.0, 5.0)}
     alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
     kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
-    gentle, usual = (0.125, 0.25, 0.5, 1.0), (0.25, 0.5, 1.0, 2.0)
+    usual = 0.25, 0.5, 1.0, 2.0
     found = {
         "dpo": Method("dpo", "dpo_lr", usual, betas, "beta=1" if toy else "beta=0.1", s.seeds),
-        "unlikelihood": Method("unlikelihood", "dpo_lr", gentle, alphas, "alpha=0.5", s.seeds),
+        "unlikelihood": Method("unlikelihood", "dpo_lr", usual, alphas, "alpha=0.5", s.seeds),
         "preferred-ft": Method("preferred-ft", "dpo_lr", (0.5, 1.0, 2.0, 4.0),
                                {"": dict(loss="preferred-ft")}, "", max(3, s.seeds)),
         "ppo": Method("ppo", "ppo_lr", usual, kls, f"target={targets[2]:g}", s.seeds),
         "ppo-gt": Method("ppo-gt", "ppo_lr", usual, kls, f"target={targets[2]:g}", s.seeds)}
     if s.rankings:
-        rankings = {name: dict(loss="plackett-luce", **v) for name, v in betas.items()}
-        found["plackett-luce"] = found["dpo"]._replace(settings=rankings)
+        rankings = {name: v | dict(loss="plackett-luce") for name, v in betas.items()}
+        found["plackett-luce"] = found["dpo"]._replace(settings=rankings, seeds=1)
     for labels in ("sampled", "soft") if s.dial else ():
-        dial = {f"s/beta={x}": dict(labels=labels, beta=s.label_scale / x) for x in DIAL}
-        found[f"dpo-{labels}"] = found["dpo"]._replace(settings=dial, central="s/beta=10")
+        dial = {f"s/beta={x}": dict(paper, labels=labels, beta=s.label_scale / x) for x in DIAL}
+        found[f"dpo-{labels}"] = found["dpo"]._replace(settings=dial, central="s/beta=10",
+                                                           seeds=1)
     return found
 
 
@@ -79,10 +83,10 @@ def planned(s: Settings, method: str, setting: str, rate: float, seed: int = 0) 
     m = methods_of(s)[method]
     changes = dict(run_seed=seed, **{m.rate: rate}, **m.settings[setting])
     if m.stage in ("ppo", "ppo-gt"):
-        changes |= dict(eval_every=max(1, s.ppo_steps // POINTS))
+        changes |= dict(eval_every=-(-s.ppo_steps // POINTS))
     else:
         changes |= dict(dpo_steps=s.sweep_steps, dpo_warmup=s.sweep_steps // 6,
-                        eval_every=max(1, s.sweep_steps // POINTS))
+                        eval_every=-(-s.sweep_steps // POINTS))
     return Planned(method, setting, m.stage, replace(s, **changes), rate)
 
 
@@ -100,9 +104,13 @@ def finals(s: Settings, rates: dict[str, float]) -> list[Planned]:
 
 
 def evaluations(ctx: Context, p: Planned) -> list[dict]:
-    """The points of a finished run, each with its step and what was spent until then."""
+    """The points of a finished run, each with its step and what was spent until then.
+
+    Beside what its own steps took, a run bears what it stands on, as if it were alone: π_ref's
+    samples that were compared, π_ref's scores of them, r_φ's training.
+    """
     made, K = ctx.groups, ctx.s.completions
-    drawn = len(split_prompts(made.prompt_ids)[0]) * K  # what the preferences cost
+    drawn = len(split_prompts(made.prompt_ids)[0]) * K
     found, seconds, last = [], 0.0, {}
     for row in plot_frontier.read_rows(ctx.beside(p.settings).folder(p.stage) / "metrics.jsonl"):
         if "eval" not in row:
@@ -134,15 +142,17 @@ def sweep(ctx: Context, make) -> dict[str, str]:
     s = ctx.s
     first = candidates(s)
     total = len(first) + 2 + sum(len(m.settings) * m.seeds - 1 for m in methods_of(s).values())
-    cores = os.cpu_count() or 1
-    jobs = s.jobs or (4 if ctx.device.type == "cuda" else cores)
+    cores = len(os.sched_getaffinity(0))
+    # a small model leaves a GPU idle between its kernels; a large one fills its memory alone
+    small = sum(p.numel() for p in ctx.reference.parameters()) < 1e8
+    jobs = s.jobs or (min(cores, 8) if ctx.device.type == "cpu" else 4 if small else 1)
     shared = dict(threads=max(1, cores // jobs)) if jobs > 1 else {}
     failed, names, began = [], {}, time.monotonic()
     with tqdm(total=total, desc="frontier", unit="run", dynamic_ncols=True,
               disable=not sys.stderr.isatty()) as bar:
-        ended = []
+        ended, made = [], []
 
-        def done(stage, settings, error):
+        def done(stage, settings, error, found=False):
             p = names.get((stage, settings))
             what = f"{p.method} {p.setting}, rate {p.rate:g}, seed {p.settings.run_seed}" if p \
                 else stage
@@ -153,7 +163,8 @@ def sweep(ctx: Context, make) -> dict[str, str]:
                 last = evaluations(ctx, p)[-1]
                 what += f": reward {last['reward']:.3f} at KL {last['kl']:.2f}"
             ended.append(what)
-            left = (time.monotonic() - began) * (total / len(ended) - 1)
+            made.extend([what] * (not found))
+            left = (time.monotonic() - began) * (total - len(ended)) / max(1, len(made))
             bar.update()
             bar.write(f"  {len(ended)} of {total} runs, {left:.0f} s left; {what}")
             if STOP:
@@ -168,10 +179,10 @@ def sweep(ctx: Context, make) -> dict[str, str]:
         learns = [p for p in first if p.stage == "ppo"]  # from r_φ, which is trained meanwhile
         hashes = run([p for p in first if p not in learns], ("rm", shared_s))
         rest = [p for p in finals(s, chosen_rates(ctx)) if p not in first]
-        hashes |= run([*learns, *rest], ("best-of-n", shared_s))
-        late = [p for p in finals(s, chosen_rates(ctx)) if p not in first and p not in rest]
-        hashes |= run(late)
-    lost = [(p, e) for p, e in failed if p not in first]
+        hashes |= run(learns + [p for p in rest if p.stage != "ppo"], ("best-of-n", shared_s))
+        rates = chosen_rates(ctx)
+        hashes |= run([p for p in finals(s, rates) if p not in first and p.stage == "ppo"])
+    lost = [(p, e) for p, e in failed if p not in first or p.method not in rates]
     if lost:
         raise UserError(f"{len(lost)} runs of the frontier failed, the others are kept; the first: "
                         f"{lost[0][1]}")
@@ -242,7 +253,7 @@ def wins(rewards, base):
 
 
 def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
-    """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), without training."""
+    """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), untrained."""
     r, learned = state["rewards"], state["learned"]
     won = torch.from_numpy(wins(r.numpy().round(4), base[:, None].astype(np.float32)))
     P, lines = len(r), []
@@ -256,22 +267,38 @@ def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
                 reward_learned=float(expected_best(scores, learned, N).mean()),
                 samples=P * N, forwards=P * N * (method != "best-of-n"))))
     sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
-    for x, point in zip(sharpness, optimal_frontier(r, [1 / x for x in sharpness])):
-        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), forwards=0))
+    for x, point in zip(sharpness, unbiased(r, [1 / x for x in sharpness])):
+        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), forwards=0,
+                          win=None))
     return lines
 
 
-def temperature_lines(ctx: Context, plans, before: dict, line, N: int = 16) -> list[dict]:
+def unbiased(rewards, betas) -> list[dict]:
+    """optimal_frontier of (P, K), its bias of order 1/K taken away: twice the whole less its halves.
+
+    By the jackknife, prompt by prompt. Without it Best-of-N near N = K lies above the curve.
+    """
+    whole, *halves = (optimal_frontier(part, betas)
+                      for part in (rewards, rewards[:, ::2], rewards[:, 1::2]))
+    for point, one, other in zip(whole, *halves):
+        for mean, each in (("reward", "rewards"), ("kl", "kls")):
+            values = 2 * np.array(point[each]) - (np.array(one[each]) + other[each]) / 2
+            point |= {mean: float(values.mean()), each: values.round(4).tolist(),
+                      mean + "_se": standard_error(values)}
+    return whole
+
+
+def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
     """One finished policy a method, at temperatures below 1: the best on validation prompts within
     the plotted range of KL; π_ref; and Best-of-N by r_φ of π_ref's samples at that temperature."""
-    policies, prompts, judge = [("sft", "", 0, 0, ctx.reference)], before["prompts"], ctx.reward
+    policies, prompts = [("sft", "", 0, 0, ctx.reference)], before["prompts"]
     for method in ("dpo", "ppo", "preferred-ft"):
         last = [(evaluations(ctx, p)[-1], p) for p in plans if p.method == method]
         near = [x for x in last if x[0]["valid_kl"] <= top_kl(ctx)] or last
         point, p = max(near, key=lambda x: x[0]["valid_reward"])
         policy = ctx.beside(p.settings).policy(p.stage)
         policies.append((method, p.setting, p.settings.run_seed, point["step"], policy))
-    lines, learned = [], learned_reward(ctx)
+    lines, learned, N = [], learned_reward(ctx), min(16, ctx.s.best_of)
     for t in TEMPERATURES:
         for method, setting, seed, step, policy in policies:
             point = ctx.evaluate(policy, ctx.reference, prompts, temperature=t)
@@ -281,10 +308,11 @@ def temperature_lines(ctx: Context, plans, before: dict, line, N: int = 16) -> l
             samples = ctx.reference.sample(repeated, ctx.s.max_new, ctx.data.eot, draw_seed(
                 ctx.s.seed, "best-of-n", f"temperature {t}"), temperature=t, rows=ctx.rows())
         best = learned(repeated, samples).view(-1, N).argmax(1).tolist()
-        rewards = judge(prompts, [samples[i * N + k] for i, k in enumerate(best)])
+        rewards = ctx.reward(prompts, [samples[i * N + k] for i, k in enumerate(best)])
         kl = best_of_kl(N)  # to π_ref at this temperature
         lines.append(line("best-of-n-learned", f"N={N}", dict(
-            temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts), reward=float(rewards.mean()), reward_se=standard_error(rewards),
+            temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts),
+            reward=float(rewards.mean()), reward_se=standard_error(rewards),
             rewards=[round(x, 4) for x in rewards.tolist()], samples=len(samples),
             forwards=len(samples))))
     return lines
@@ -292,9 +320,13 @@ def temperature_lines(ctx: Context, plans, before: dict, line, N: int = 16) -> l
 
 def report_frontier(ctx: Context) -> None:
     folder = ctx.folder("frontier")
-    for row in json.loads((folder / "rates.json").read_text()):
+    table = json.loads((folder / "rates.json").read_text())
+    for row in table:
         if row["chosen"]:
-            print(f"  {row['method']:<14} learning rate {row['rate']:g}, area {row['area']:.3f} on "
-                  "validation prompts")
+            tried = [r["rate"] for r in table if r["method"] == row["method"]]
+            edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
+            print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
+                  f"{', '.join(f'{rate:g}' for rate in tried)}: area {row['area']:.3f} on "
+                  f"validation prompts{edge}")
     for picture in plot_frontier.draw_frontier(folder / "frontier.jsonl"):
         print(f"picture: {picture}")

@@ -32,8 +32,9 @@ from train import STOP, Interrupted, Optim, autocast, diverged, draw_seed, fit
 def rm(ctx: Context, run: Run) -> None:
     """Groups -> r_φ by Eq. 2: π_ref's body with a scalar head, the best of its checkpoints kept.
 
-    Its mean over all reference samples is taken to 0. (The paper's mean of 0 for every prompt needs
-    several samples of each; a shift by f(x) changes no preference, and no optimum of Eq. 3.)
+    Its mean over all compared reference samples is taken to 0. (The paper's mean of 0 for every
+    prompt needs several samples of each; a shift by f(x) changes no preference and no optimum of
+    Eq. 3.) `report.json` has the best checkpoint's accuracy: a maximum, hence a little high.
     """
     s, made = ctx.s, ctx.groups
     train, held = split_prompts(made.prompt_ids)
@@ -76,6 +77,7 @@ def rm(ctx: Context, run: Run) -> None:
         model.score.bias -= scores.mean().to(model.score.bias.device)
     save_json(run.path("report.json"), kept | dict(sd=float(scores.std())))
     run.finish(model.saved())
+    run.path("best.pt").unlink(missing_ok=True)
 
 
 def on_pairs(ctx: Context, model: RewardModel, picks) -> dict:
@@ -112,8 +114,6 @@ def ppo(ctx: Context, run: Run) -> None:
 
 def ppo_gt(ctx: Context, run: Run) -> None:
     """r* -> π_θ by Eq. 3: what PPO could do were its reward right."""
-    if not ctx.groups.has_reward:
-        raise UserError("--stage ppo-gt needs r*, and a preference file has none: give --stage ppo")
     train_ppo(ctx, run, "ppo-gt", ctx.reward, float(ctx.groups.rewards.std()))
 
 
@@ -147,10 +147,10 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
         row = method.step(step, [prompts[i] for i in picks], seed)
         if not all(map(math.isfinite, row.values())):
             raise UserError(diverged(run, stage, step, saved))
-        if ctx.groups.has_reward:
-            row["true_reward"] = float(ctx.reward(*method.last).mean())
         row |= dict(seconds=time.perf_counter() - began, samples=method.samples,
                     forwards=method.forwards + method.samples * (stage == "ppo"))  # r_φ's own
+        if stage == "ppo" and not s.groups:  # over-optimisation: the two part
+            row["true_reward"] = float(ctx.reward(*method.last).mean())
         run.log(dict(step=step) | {k: float(f"{v:.6g}") if math.isfinite(v) else None
                                    for k, v in row.items()})
         bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.2f}", refresh=False)
@@ -195,3 +195,12 @@ def expected_best(scores, rewards, N: int):
 def best_of_kl(N: int) -> float:
     """log N - (N - 1) / N nats: KL of Best-of-N to π_ref where no two samples tie, else a bound."""
     return math.log(N) - (N - 1) / N
+
+
+def report_best_of_n(ctx: Context) -> None:
+    state, K = load_tensors(ctx.folder("best-of-n") / "samples.pt"), ctx.s.best_of
+    print("Best-of-N: KL at most, mean r* of the best by r*, and by r_φ")
+    for N in (n for n in (1, 4, 16, 64) if n <= K):
+        best, learned = (float(expected_best(state[key], state["rewards"], N).mean())
+                         for key in ("rewards", "learned"))
+        print(f"  N {N:<4} {best_of_kl(N):.2f} nats   {best:.3f}   {learned:.3f}")

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ STAGES = {
     "rm": Stage(methods.rm, report=methods.report_rm),
     "ppo": Stage(methods.ppo, report=functools.partial(report_method, stage="ppo")),
     "ppo-gt": Stage(methods.ppo_gt, report=functools.partial(report_method, stage="ppo-gt")),
-    "best-of-n": Stage(methods.best_of_n, "samples.pt"),
+    "best-of-n": Stage(methods.best_of_n, "samples.pt", methods.report_best_of_n),
     "frontier": Stage(frontier.frontier, "frontier.jsonl", frontier.report_frontier,
                       frontier.sweep),
 }
@@ -95,6 +96,8 @@ def build(ctx: Context, stage: str, wanted: str) -> str:
         needed = "" if stage == wanted else f", which {wanted} needs"
         print(f"{stage}: making {run.folder}{needed}")
         began = time.perf_counter()
+        if stage in ("dpo", *OTHER_LOSSES) and ctx.s.dpo_module:
+            dpo.use_module(ctx.s.dpo_module)  # only now: the parents are nobody's exercise
         with run:
             spec.make(ctx, run)
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s{outcome(run)}")
@@ -115,6 +118,9 @@ def planned(ctx: Context, stage: str, wanted: str) -> Run:
     if stage in ("best-of-n", "frontier", "ppo-gt") and s.groups:
         raise UserError(f"--stage {stage} needs r*, and a preference file has none: leave --groups "
                         "out")
+    if stage == "frontier" and s.dpo_module:
+        raise UserError("--dpo-module would replace dpo.py's functions for every method of the "
+                        "frontier: give it to --stage dpo")
     hashes = {p: build(ctx, p, wanted) for p in parents(stage, s)}
     if spec.compares:
         hashes |= spec.compares(ctx, functools.partial(make_all, ctx))
@@ -129,8 +135,6 @@ def planned(ctx: Context, stage: str, wanted: str) -> Run:
     if stage in ("dpo", *OTHER_LOSSES):  # a user's code is as much a parent as a checkpoint
         files = [s.dpo_module, s.weight.rpartition(":")[0]]
         hashes |= {path: file_hash(path) for path in files if path}
-        if s.dpo_module:  # only now: the parents are nobody's exercise
-            dpo.use_module(s.dpo_module)
     hashes["data"] = ctx.data.identity
     about = dict(command=ctx.command, preset=ctx.preset, device=device_name(ctx.device),
                  threads=torch.get_num_threads(), torch=torch.__version__,
@@ -142,36 +146,41 @@ def make_all(ctx: Context, wanted: list[tuple[str, Settings]], jobs: int = 1,
              done: Callable | None = None) -> dict[str, str]:
     """Build stages whose parents are there, `jobs` at once: the hashes of those that were made.
 
-    done(stage, settings, error) hears of each as it ends, error None or what the user can put
-    right, and no run stops another. Without `done` such an error is raised.
+    done(stage, settings, error, found) hears of each as it ends: error is None or what the user
+    can put right, and no run stops another. Without `done` such an error is raised.
     """
     hashes, missing, finished = {}, [], []
     for stage, settings in wanted:
         run = planned(ctx.beside(settings), stage, stage)
         (finished if run.finished else missing).append((stage, settings))
 
-    def ends(stage, settings, error=None):
+    def ends(stage, settings, error=None, found=False):
         if isinstance(error, Interrupted) or error and not done:
             raise error
         if done:
-            done(stage, settings, error)
+            done(stage, settings, error, found)
         if not error:
             folder = ctx.beside(settings).folder(stage)
             hashes[folder.name] = file_hash(folder / STAGES[stage].final)
 
     for stage, settings in finished:
-        ends(stage, settings)
+        ends(stage, settings, found=True)
     if jobs == 1:
         for stage, settings in missing:
             ends(stage, settings, make_one(ctx.preset, settings, stage, ctx.command, bool(done)))
         return hashes
     with ProcessPoolExecutor(min(jobs, len(missing)) or 1, multiprocessing.get_context("spawn"),
                              worker_starts) as pool:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker's, until it has started
         futures = {pool.submit(make_one, ctx.preset, settings, stage, ctx.command, True):
                    (stage, settings) for stage, settings in missing}
+        signal.signal(signal.SIGINT, heard)
         try:
             for future in as_completed(futures):
                 ends(*futures[future], future.result())
+        except BrokenProcessPool:
+            raise UserError("a run was killed from outside, for want of memory perhaps: give a "
+                            "lower --jobs; the same command goes on") from None
         finally:
             pool.shutdown(cancel_futures=True)
     return hashes
@@ -188,6 +197,8 @@ def make_one(preset: str, settings: Settings, stage: str, command: list[str],
             build(Context(preset, settings, command), stage, stage)
         except (UserError, Interrupted) as error:
             return error
+        except torch.OutOfMemoryError:
+            return UserError(f"{stage} does not fit the GPU beside the others: give --jobs 1")
 
 
 def worker_starts() -> None:

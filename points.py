@@ -260,7 +260,8 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
             ("reward", "Mean true reward on a method's upper envelope, at a KL in nats"),
             ("share", "Share of the optimal gain at that KL, (r - r_ref) / (r_opt - r_ref)"))),
         block(f"Area, the envelope's mean height above π_ref for KL from 0 to {top}, and what all "
-              "runs of a method took", costs, [[r[c] for c in costs] for r in rows]),
+              "runs of a method took, each as if it were alone", costs,
+              [[r[c] for c in costs] for r in rows]),
         "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 

@@ -258,7 +258,8 @@ class PPO:
         norms = [nn.utils.clip_grad_norm_(m.parameters(), self.config.max_norm)
                  for m in (self.policy, self.value)]
         overflow = self.scaler.is_enabled() and not all(norm.isfinite() for norm in norms)
-        row = dict(zip(LOGGED, torch.stack([*(total / n), *norms]).tolist()))
+        norms = torch.stack([norm.to(total) for norm in norms])  # on the CPU where no grad is
+        row = dict(zip(LOGGED, torch.cat([total / n, norms]).tolist()))
         if overflow:  # this step is skipped, and the next one scaled less
             row |= dict(grad_norm=0.0, value_grad_norm=0.0)
         if all(map(math.isfinite, row.values())):

@@ -1,7 +1,8 @@
 """Every setting of a run, with its reason, and the four presets. Each field is a flag of train.py.
 
 A field's group says which stages it belongs to: a stage's identity is made of its own group and
-of those of the stages it stands on (stages.SETTINGS_OF). The group "run" changes where and how a run goes, never its result.
+of those of the stages it stands on (stages.SETTINGS_OF). The group "run" changes where and how a
+run goes, never its result.
 """
 
 import argparse
@@ -68,6 +69,7 @@ class Settings:
     rm_batch: int = opt("rm", 22, "groups a step", low=1)
     rm_lr: float = opt("rm", 1e-3, "peak")
     # ---- every method's
+    eval_every: int = opt("method", 0, "steps between evaluations; 0: four in all")
     run_seed: int = opt("method", 0, "of batches and rollouts alone; --seed remakes π_ref too")
     # ---- dpo
     loss: str = opt("dpo", "pairwise", "Eq. 7, or A.3's ranking", ("pairwise", "plackett-luce"))
@@ -105,7 +107,6 @@ class Settings:
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
     # ---- run
     jobs: int = opt("run", 0, "runs of the frontier at once; 0: one a core, four on a GPU")
-    eval_every: int = opt("run", 0, "steps between evaluations in training; 0: four in all")
     device: str = opt("run", "auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     threads: int = opt("run", 0, "CPU threads; 0: torch's choice")
     out: str = opt("run", "out", "folder of all runs")

@@ -18,9 +18,9 @@ import time
 from contextlib import nullcontext
 from typing import NamedTuple
 
-# Before torch: threads that wait awake for a moment, then sleep. Torch's default waits awake for long:
-# where another program took one of two cores that was 38 times slower than one thread (this: 1.5
-# times), and on an idle machine only 7 % faster than this.
+# Before torch: threads that wait awake for a moment, then sleep. Torch's default waits awake for
+# long: where another program took one of two cores that was 38 times slower than one thread (this:
+# 1.5 times), and on an idle machine only 7 % faster than this.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np  # noqa: E402

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import TINY, command, folder, refused
 
 import frontier
 import pipeline
 import points
 from frontier import candidates, finals, methods_of, rate_table
+from evaluate import optimal_frontier
 from methods import best_of_kl
 from presets import TOY, parse
 from pipeline import STAGES
@@ -53,7 +55,7 @@ def test_figure_2_is_whole(lines):
         assert {(method, setting) for setting in m.settings} <= found
     assert {("sft", ""), ("best-of-n", "N=16"), ("best-of-n-learned", "N=4")} <= found
     betas = {p["setting"] for p in lines if p["method"] == "dpo"}
-    assert betas == {"beta=0.05", "beta=0.1", "beta=0.5", "beta=1", "beta=5"}, "Section 6.1, and 0.5"
+    assert {"beta=0.05", "beta=0.1", "beta=1", "beta=5"} < betas, "Section 6.1"
     seeds = {p["seed"] for p in lines if p["method"] == "preferred-ft"}
     assert seeds == {0, 1, 2}, "Preferred-FT has no setting but its seed"
 
@@ -62,7 +64,7 @@ def test_every_point_has_every_key_and_the_same_prompts(lines):
     for p in lines:
         assert tuple(p) == tuple(points.KEYS)
         assert len(p["rewards"]) == len(p["kls"]) == 8
-        assert 0 <= p["win"] <= 1
+        assert p["method"] == "optimum" or 0 <= p["win"] <= 1
     sft = next(p for p in lines if p["method"] == "sft" and p["temperature"] == 1)
     assert sft["kl"] == 0 and sft["win"] == 0.5 and sft["step"] == 0, "π_ref ties with itself"
     for p in lines:
@@ -102,6 +104,19 @@ def test_a_candidate_at_the_chosen_rate_is_a_run_of_the_figure():
     assert len(both) == len(methods_of(s)), "one a method, which is not run twice"
 
 
+def test_the_optimum_of_few_samples_lies_on_that_of_many():
+    """β is the curve's slope, so r - β KL off the truth's is the distance from the curve."""
+    torch.manual_seed(0)
+    r = torch.rand(400, 1024).square()
+    for beta in (0.3, 0.15, 0.1, 0.05):
+        few, plain, true = (f(x, [beta])[0] for f, x in (
+            (frontier.unbiased, r[:, :64]), (optimal_frontier, r[:, :64]), (optimal_frontier, r)))
+        off, before = (abs(p["reward"] - true["reward"] - beta * (p["kl"] - true["kl"]))
+                       for p in (few, plain))
+        assert off < before / 2, f"β {beta}: {off:.4f} with the jackknife, {before:.4f} without"
+        assert few["kl"] == pytest.approx(sum(few["kls"]) / 400, abs=1e-4)
+
+
 def test_temperatures_are_those_of_one_finished_policy_a_method(lines):
     for method in ("dpo", "ppo", "preferred-ft", "best-of-n-learned", "sft"):
         cold = [p for p in lines if p["method"] == method and p["temperature"] != 1]
@@ -130,6 +145,31 @@ def test_a_finished_run_is_never_run_again(chain, swept, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ many at once
 
 
+def test_a_ppo_run_that_was_there_before_changes_no_plan(ctx, monkeypatch):
+    """r_φ's PPO is planned when all of its candidates are there, not one."""
+    asked, table = [], rate_table(ctx)
+    monkeypatch.setattr(frontier, "rate_table", lambda ctx: [
+        row | dict(chosen=row["chosen"] if len(asked) > 1 else row["rate"] == 0.0005)
+        if row["method"] == "ppo" else row for row in table])
+    frontier.sweep(ctx, lambda runs, **_: asked.append(runs) or {})
+    wave = [{(stage, s.ppo_target, s.ppo_lr) for stage, s in runs if stage == "ppo"}
+            for runs in asked]
+    rate, = (row["rate"] for row in table if row["method"] == "ppo" and row["chosen"])
+    assert not wave[0] and len(wave[1]) == 4 and {target for _, target, _ in wave[1]} == {2.0}
+    assert wave[2] == {("ppo", target, rate) for target in (0.5, 1.0, 3.0)}
+
+
+@pytest.mark.parametrize("flags", ["--loss plackett-luce", "--labels soft", "--weight constant"])
+def test_the_series_are_what_they_are_called_whatever_the_flags(flags):
+    _, _, _, s = parse(["--rankings", "--dial", *flags.split()], STAGES, False)
+    for p in finals(s, {name: 1e-3 for name in methods_of(s)}):
+        wanted = {"dpo": ("pairwise", "hard"), "plackett-luce": ("plackett-luce", "hard"),
+                  "dpo-soft": ("pairwise", "soft"), "dpo-sampled": ("pairwise", "sampled")}
+        if p.stage == "dpo":
+            assert (p.settings.loss, p.settings.labels) == wanted[p.method]
+            assert p.settings.weight == "sigmoid"
+
+
 @pytest.fixture
 def two(chain, copied, monkeypatch):
     """A context with groups, and a sweep of two settings of one method."""
@@ -147,7 +187,7 @@ def test_runs_in_parallel_are_the_runs_one_after_the_other(two, chain):
     jobs, heard = [(p.stage, p.settings) for p in plans], []
     pipeline.build(two, "groups", "groups")
     hashes = pipeline.make_all(two, jobs, 2, lambda *a: heard.append(a))
-    assert len(hashes) == 2 and {error for *_, error in heard} == {None}
+    assert len(hashes) == 2 and {heard_of[2] for heard_of in heard} == {None}
     folders = [two.beside(s).folder(stage) for stage, s in jobs]
     kept = [(f / "model.pt").read_bytes() for f in folders]
     for f in folders:

@@ -98,10 +98,10 @@ def test_ppo_logs_what_it_was_trained_on_apart_from_the_truth(compared, stage):
     run = folder(compared, stage)
     steps = [r for r in rows(run) if "eval" not in r]
     wanted = {"kl", "clip_fraction", "approx_kl", "explained_variance", "entropy", "reward",
-              "true_reward", "beta", "value_loss"}
+              "beta", "value_loss"} | ({"true_reward"} if stage == "ppo" else set())
     assert len(steps) == 4 and wanted <= steps[-1].keys(), wanted - steps[-1].keys()
-    equal = [r["reward"] == pytest.approx(r["true_reward"], abs=1e-5) for r in steps]
-    assert all(equal) if stage == "ppo-gt" else not any(equal)
+    if stage == "ppo":
+        assert all(abs(r["reward"] - r["true_reward"]) > 1e-3 for r in steps), "r_φ is not r*"
     result = json.loads((run / "result.json").read_text())
     if stage == "ppo-gt":
         assert result["reward_learned"] == pytest.approx(result["reward"], abs=1e-4)

@@ -139,7 +139,8 @@ def test_a_suffix_is_a_folder_name():
     name = suffix(s, TOY, SETTINGS_OF["dpo"])
     assert re.fullmatch(r"[-\w.]+", name, re.ASCII) and len(name) < 240, name
     everything = Settings(**{f.name: other_value(f) for f in fields(Settings)})
-    long, longer = (suffix(replace(everything, dpo_lr=lr), TOY, SETTINGS_OF["dpo"]) for lr in (0.5, 0.75))
+    long, longer = (suffix(replace(everything, dpo_lr=lr), TOY, SETTINGS_OF["dpo"])
+                    for lr in (0.5, 0.75))
     assert len("groups" + long) < 256, "more than a file system's name holds"
     assert long != longer, "cut, two settings share a folder"
 
