@@ -29,7 +29,6 @@ from runs import Run, UserError, load_tensors
 from stages import Context, save_json, split_prompts
 from train import STOP, Interrupted, autocast, draw_seed
 
-POINTS = 6  # of every run: at its sixths
 DIAL = (5, 10, 20, 50)  # s/β, which alone decides where sampled and soft labels lead
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
 
@@ -83,10 +82,10 @@ def planned(s: Settings, method: str, setting: str, rate: float, seed: int = 0) 
     m = methods_of(s)[method]
     changes = dict(run_seed=seed, **{m.rate: rate}, **m.settings[setting])
     if m.stage in ("ppo", "ppo-gt"):
-        changes |= dict(eval_every=-(-s.ppo_steps // POINTS))
+        changes |= dict(eval_every=-(-s.ppo_steps // s.points))
     else:
         changes |= dict(dpo_steps=s.sweep_steps, dpo_warmup=s.sweep_steps // 6,
-                        eval_every=-(-s.sweep_steps // POINTS))
+                        eval_every=-(-s.sweep_steps // s.points))
     return Planned(method, setting, m.stage, replace(s, **changes), rate)
 
 

@@ -142,6 +142,8 @@ def degeneration(rows: list[dict], path: Path) -> None:
                                     ("constant", "s--C3", "w = 1")):
             points = [r for r in rows if r["weight"] == weight and r[key] is not None]
             ax.plot([r["step"] for r in points], [r[key] for r in points], style, ms=4, label=name)
+        if not any(r[key] is not None for r in rows):
+            ax.text(0.5, 0.5, "not defined on this corpus", ha="center", transform=ax.transAxes)
         ax.set(xlabel="step", ylabel=label, yscale=scale)
         if scale == "linear" and key not in ("logp_chosen", "logp_rejected"):
             ax.set_ylim(-0.03, 1.03)

@@ -101,6 +101,7 @@ class Settings:
     best_of: int = opt("samples", 128, "π_ref's samples a test prompt: the largest N", low=2)
     # ---- frontier: every method of Figure 2
     seeds: int = opt("frontier", 1, "run seeds of every setting", low=1)
+    points: int = opt("frontier", 6, "evaluations of every run, at regular steps", low=1)
     sweep_steps: int = opt("frontier", 300, "optimizer steps of every run but PPO's", low=1)
     dial: bool = opt("frontier", False, "also sampled and soft labels, s/β from 5 to 50")
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")

@@ -20,7 +20,7 @@ from stages import Context
 from train import Interrupted
 
 FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",
-       "--rm-epochs", "1"]
+       "--rm-epochs", "1", "--points", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,14 @@ def swept(chain, tmp_path_factory):
     out = tmp_path_factory.mktemp("frontier") / "out"
     for stage in ("sft", "groups"):
         shutil.copytree(folder(chain.out, stage), out / "toy" / folder(chain.out, stage).name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontier, "POINTS", 2)
-        result = command("--stage", "frontier", *FEW, "--temperatures", "--out", out, "--data",
-                         chain.data, figures=True)
+    result = command("--stage", "frontier", *FEW, "--temperatures", "--out", out, "--data",
+                     chain.data, figures=True)
     assert result.code == 0, result.err
     return out, result.out
 
 
 @pytest.fixture
-def ctx(chain, swept, monkeypatch):
-    monkeypatch.setattr(frontier, "POINTS", 2)
+def ctx(chain, swept):
     _, name, _, s = parse([*FEW, "--out", str(swept[0]), "--data", str(chain.data)], STAGES, False)
     return Context(name, s, [])
 
@@ -131,7 +128,6 @@ def test_a_finished_run_is_never_run_again(chain, swept, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(swept[0], out, copy_function=shutil.copy2)
     shutil.rmtree(folder(out, "frontier"))
-    monkeypatch.setattr(frontier, "POINTS", 2)
     monkeypatch.setattr(pipeline, "make_one", lambda *a: pytest.fail(f"run again: {a[2]}"))
     result = command("--stage", "frontier", *FEW, "--temperatures", "--out", out, "--data",
                      chain.data)
@@ -177,7 +173,6 @@ def two(chain, copied, monkeypatch):
     one = methods_of(TOY)["unlikelihood"]._replace(multiples=(0.5, 1.0), settings={
         f"alpha={a}": dict(loss="unlikelihood", alpha=a) for a in (0.5, 1.0)})
     monkeypatch.setattr(frontier, "methods_of", lambda s: {"unlikelihood": one})
-    monkeypatch.setattr(frontier, "POINTS", 1)
     _, name, _, s = parse([*FEW, "--out", str(out), "--data", str(chain.data)], STAGES, False)
     return Context(name, s, [])
 
