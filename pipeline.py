@@ -193,6 +193,8 @@ def make_one(preset: str, settings: Settings, stage: str, command: list[str],
         if quiet:  # a bar of the whole is drawn elsewhere
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         try:
             build(Context(preset, settings, command), stage, stage)
         except (UserError, Interrupted) as error:
@@ -239,6 +241,8 @@ def main(argv=None) -> int:
         dpo.own_functions(settings.dpo_module)
     dpo.load_weight(settings.weight)  # bad ones are refused before hours of parents
     print(f"preset {preset} ({reason}); stage {stage}", flush=True)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     ctx = Context(preset, settings, sys.argv[1:] if argv is None else list(argv))
     previous = signal.signal(signal.SIGINT, stop)
     try:

@@ -59,8 +59,6 @@ class Context:
             s = replace(s, precision=self.auto)
         self.s, self.preset, self.device = s, preset, torch.device(name)
         self.root, self.command, self.built = Path(s.out) / preset, command, {}
-        if s.threads:
-            torch.set_num_threads(s.threads)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices meet a GPU
 
     @functools.cached_property

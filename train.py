@@ -103,21 +103,8 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
     device = next(model.parameters()).device
     optimizer = make_optimizer(o, model)
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    start, saved_at, saved_step = 0, time.monotonic(), None
-    if state := run.resume():
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise UserError(f"{run.path('resume.pt')} is a checkpoint of another configuration "
-                            f"({str(e).splitlines()[0]}): delete {run.folder}") from None
-        start = saved_step = state["step"]
-        if state["threads"] != torch.get_num_threads():
-            print(f"  {stage}: begun with {state['threads']} threads; bit-for-bit equality with an "
-                  "uninterrupted run needs the same number")
-        if start < o.steps:
-            print(f"  {stage}: going on at step {start} of {o.steps}")
+    saved_at, saved_step = time.monotonic(), restored(run, stage, o, model, optimizer, scaler)
+    start = saved_step or 0
     forward_flops = 2 * sum(p.numel() for p in model.parameters())  # a token, matrices alone
     peak = matmul_rate(device, s.precision) if start < o.steps else 1.0
     every = s.eval_every or max(1, o.steps // 4)
@@ -134,14 +121,8 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
         torch.manual_seed(draw_seed(s.seed, stage, step))  # dropout
         body.hidden = compiled
         micros, n = batches(step)
-        total, logs, tokens = 0.0, {}, sum(int(m["lengths"].sum()) for m in micros)
-        for micro in micros:
-            with autocast(device, s.precision):
-                loss, log = loss_fn(model, to_device(micro, device))
-            scaler.scale(loss / n).backward()
-            total = total + loss.detach() / n
-            for key, value in log.items():
-                logs.setdefault(key, []).append(value)
+        tokens = sum(int(m["lengths"].sum()) for m in micros)
+        total, logs = backward(model, micros, n, loss_fn, scaler, s.precision)
         scaler.unscale_(optimizer)  # clip the gradient itself, not its scaled copy
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
         values = summary(logs) | dict(loss=total, grad_norm=norm)
@@ -175,6 +156,39 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
         if STOP:
             raise Interrupted(f"{stage} is saved at step {step + 1} of {o.steps}")
     model.eval()
+
+
+def restored(run: Run, stage: str, o: Optim, model, optimizer, scaler) -> int | None:
+    """The step of the run's checkpoint, its state put back; None where there is none."""
+    state = run.resume()
+    if not state:
+        return None
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise UserError(f"{run.path('resume.pt')} is a checkpoint of another configuration "
+                        f"({str(e).splitlines()[0]}): delete {run.folder}") from None
+    if state["threads"] != torch.get_num_threads():
+        print(f"  {stage}: begun with {state['threads']} threads; bit-for-bit equality with an "
+              "uninterrupted run needs the same number")
+    if state["step"] < o.steps:
+        print(f"  {stage}: going on at step {state['step']} of {o.steps}")
+    return state["step"]
+
+
+def backward(model, micros, n: int, loss_fn, scaler, precision: str) -> tuple[torch.Tensor, dict]:
+    """Adds the gradient of Σ loss / n; that sum, and each logged quantity's list of (n,)."""
+    device, total, logs = next(model.parameters()).device, 0.0, {}
+    for micro in micros:
+        with autocast(device, precision):
+            loss, log = loss_fn(model, to_device(micro, device))
+        scaler.scale(loss / n).backward()
+        total = total + loss.detach() / n
+        for key, value in log.items():
+            logs.setdefault(key, []).append(value)
+    return total, logs
 
 
 def summary(logs: dict) -> dict:

@@ -1,11 +1,13 @@
 """frontier.py: the sweep as a stage. Two steps a run: what is asked is bookkeeping, not quality."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
-from conftest import TINY, command, folder, refused
+from conftest import TINY, command, folder, in_child, refused
 
 import frontier
 import pipeline
@@ -17,7 +19,7 @@ from presets import TOY, parse
 from pipeline import STAGES
 from runs import UserError
 from stages import Context
-from train import Interrupted
+from train import STOP, Interrupted
 
 FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",
        "--rm-epochs", "1", "--points", "2"]
@@ -226,6 +228,32 @@ def test_ctrl_c_stops_the_sweep(two, monkeypatch):
     pipeline.build(two, "groups", "groups")
     with pytest.raises(Interrupted):
         frontier.sweep(two, lambda runs, **more: pipeline.make_all(two, runs, **more))
+
+
+def test_ctrl_c_reaches_the_workers_and_the_same_sweep_goes_on(two, monkeypatch):
+    """SIGINT to the whole group, as a terminal sends it, after the first run has ended."""
+    pipeline.build(two, "groups", "groups")
+    monkeypatch.setattr(frontier, "chosen_rates", lambda ctx: {})
+
+    def sweep(done=lambda *a: None):
+        return pipeline.make_all(two, [(p.stage, p.settings) for p in candidates(two.s)], 2, done)
+
+    def work():
+        os.setpgrp()
+        signal.signal(signal.SIGINT, pipeline.stop)
+
+        def done(*_):
+            os.killpg(0, signal.SIGINT)
+            raise Interrupted("as sweep does") if STOP else AssertionError("no one heard")
+
+        try:
+            sweep(done)
+        except Interrupted:
+            return 130
+
+    code, text = in_child(work)
+    assert code == 130, text
+    assert len(sweep()) == 2, "what ended is kept, what was stopped goes on"
 
 
 def test_a_sweep_over_a_parent_that_changed(chain, copied):
