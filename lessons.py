@@ -54,6 +54,8 @@ def inspect_stage(ctx: Context, run: Run, groups: int = 24) -> None:
     table = dict(pairs=rows, step=s.dpo_steps, beta=s.beta, groups=len(picks),
                  rank_correlation=rank_correlation(implicit, r),
                  **held_out_measures(logps, ref_logps[picks].flatten(), r))
+    if (learned := ctx.folder("rm") / "report.json").exists():  # --stage rm has made it
+        table["learned"] = json.loads(learned.read_text())
     text = inspection_text(ctx, rows, yw_idxs, yl_idxs, prompts, completions)
     write_whole(run.path("inspect.txt"), lambda file: file.write(text.encode()))
     plot_frontier.inspection(table, plot_frontier.read_rows(ctx.folder("dpo") / "metrics.jsonl"),
@@ -101,10 +103,9 @@ def report_inspect(ctx: Context) -> None:
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
           f"correlation within a prompt {table['rank_correlation']:.3f}")
-    if (learned := ctx.folder("rm") / "report.json").exists():  # --stage rm has made it
-        report = json.loads(learned.read_text())
-        print(f"r_φ, a reward model trained on the same pairs: {report['accuracy']:.1%}, "
-              f"{report['rank_correlation']:.3f}")
+    if learned := table.get("learned"):
+        print(f"r_φ, a reward model trained on the same pairs: {learned['accuracy']:.1%}, "
+              f"{learned['rank_correlation']:.3f}")
     print(f"picture: {folder / 'inspect.png'}")
 
 

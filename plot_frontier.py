@@ -171,8 +171,10 @@ def inspection(table: dict, metrics: list[dict], path: Path) -> None:
                     label=name)
         ax.set(xlabel="true reward gap r*(y_w) - r*(y_l)", ylabel=label)
     b.set_title(f"{len(pairs)} held-out pairs after {table['step']} steps")
-    c.set_title(f"accuracy {table['accuracy']:.3f}, rank correlation within a prompt "
-                f"{table['rank_correlation']:.3f}", fontsize=10)
+    judges = {"r̂": table} | ({"r_φ": table["learned"]} if "learned" in table else {})
+    c.set_title("\n".join(f"{name}: accuracy {judge['accuracy']:.3f}, rank correlation "
+                          f"{judge['rank_correlation']:.3f}"
+                          for name, judge in judges.items()), fontsize=10)
     for ax in (a, b, c):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.25)
