@@ -84,8 +84,8 @@ def evaluate(policy: GPT, reference: GPT, prompts, reward, eos: int, max_new: in
         completions = policy.sample(prompts, max_new, eos, seed, temperature, rows=rows)
     device = policy.wte.weight.device
     kls = torch.empty(3, len(prompts), dtype=torch.float64)
-    _, parts = alike(torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)]), device)
-    for part in (i for piece in parts for i in piece.split(rows)):
+    ends = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
+    for part in alike(ends, device, rows):
         padded = pad_rows([prompts[i] for i in part], [completions[i] for i in part])
         kls[:, part] = sequence_kl(policy, reference, *(x.to(device) for x in padded),
                                    temperature=temperature)
@@ -145,14 +145,18 @@ def optimal_reward(curve: list[dict], kl: float) -> float | None:
     return None
 
 
+def in_order(a, b):
+    """1 where a > b, 1/2 where they are equal, of any equal shapes."""
+    return (a > b) + 0.5 * (a == b)
+
+
 def rank_correlation(implicit, rewards) -> float:
     """Spearman's, within a prompt, averaged over prompts: two (P, K) -> [-1, 1].
 
     r̂ is free up to f(x), so its order across prompts means nothing. Tied ranks are averaged.
     """
     def ranks(x):
-        return ((x[:, :, None] > x[:, None, :]).float()
-                + 0.5 * (x[:, :, None] == x[:, None, :]).float()).sum(-1)
+        return in_order(x[:, :, None], x[:, None, :]).sum(-1)
 
     a, b = (ranks(x) - ranks(x).mean(-1, keepdim=True) for x in (implicit, rewards))
     return float(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)).mean())

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import plot_frontier
 import points
-from evaluate import optimal_frontier, standard_error
+from evaluate import in_order, optimal_frontier, standard_error
 from methods import best_of_kl, expected_best, learned_reward
 from presets import Settings
 from runs import Run, UserError, load_tensors
-from stages import Context, save_json, split_prompts
+from stages import Context, save_json
 from train import STOP, Interrupted, autocast, draw_seed
 
 DIAL = (5, 10, 20, 50)  # s/β, which alone decides where sampled and soft labels lead
@@ -108,8 +108,8 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
     Beside what its own steps took, a run bears what it stands on, as if it were alone: π_ref's
     samples that were compared, π_ref's scores of them, r_φ's training.
     """
-    made, K = ctx.groups, ctx.s.completions
-    drawn = len(split_prompts(made.prompt_ids)[0]) * K
+    K = ctx.s.completions
+    drawn = len(ctx.split[0]) * K
     found, seconds, last = [], 0.0, {}
     for row in plot_frontier.read_rows(ctx.beside(p.settings).folder(p.stage) / "metrics.jsonl"):
         if "eval" not in row:
@@ -149,7 +149,7 @@ def sweep(ctx: Context, make) -> dict[str, str]:
     failed, names, began = [], {}, time.monotonic()
     with tqdm(total=total, desc="frontier", unit="run", dynamic_ncols=True,
               disable=not sys.stderr.isatty()) as bar:
-        ended, made = [], []
+        ended = []  # whether each was found, not made
 
         def done(stage, settings, error, found=False):
             p = names.get((stage, settings))
@@ -161,9 +161,8 @@ def sweep(ctx: Context, make) -> dict[str, str]:
             elif p:
                 last = evaluations(ctx, p)[-1]
                 what += f": reward {last['reward']:.3f} at KL {last['kl']:.2f}"
-            ended.append(what)
-            made.extend([what] * (not found))
-            left = (time.monotonic() - began) * (total - len(ended)) / max(1, len(made))
+            ended.append(found)
+            left = (time.monotonic() - began) * (total - len(ended)) / max(1, ended.count(False))
             bar.update()
             bar.write(f"  {len(ended)} of {total} runs, {left:.0f} s left; {what}")
             if STOP:
@@ -195,7 +194,7 @@ def chosen_rates(ctx: Context) -> dict[str, float]:
 
 def rate_table(ctx: Context) -> list[dict]:
     """Every candidate, its area on validation prompts, and whether it was chosen."""
-    start = json.loads((ctx.folder("groups") / "reference.json").read_text())["valid_reward"]
+    start = ctx.before["valid_reward"]
     table = []
     for p in candidates(ctx.s):
         area = None  # of a run that failed
@@ -217,7 +216,7 @@ def rate_table(ctx: Context) -> list[dict]:
 
 def frontier(ctx: Context, run: Run) -> None:
     """All points of the sweep in frontier.jsonl; rates.json says how the rates were chosen."""
-    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
+    before = ctx.before
     state = load_tensors(ctx.folder("best-of-n") / "samples.pt")
     s, config = ctx.s, ctx.reference.config
     size = sum(p.numel() for p in ctx.reference.parameters()) / 1e6
@@ -227,7 +226,7 @@ def frontier(ctx: Context, run: Run) -> None:
         row = dict(seed=seed, step=0, temperature=1.0, seconds=0.0) | point | more
         row |= dict(preset=ctx.preset, method=method, setting=setting,
                     model=f"{size:.2g}M parameters, {config.n_layer} layers of {config.n_embd}")
-        row.setdefault("win", float(np.mean(wins(np.array(row["rewards"]), base))))
+        row.setdefault("win", float(np.mean(in_order(np.array(row["rewards"]), base))))
         return {key: row.get(key) for key in points.KEYS}
 
     lines = [line("sft", "", before["point"], samples=0, forwards=0,
@@ -246,15 +245,10 @@ def frontier(ctx: Context, run: Run) -> None:
     run.finish(lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in lines))
 
 
-def wins(rewards, base):
-    """1 where a reward is larger than that of π_ref's sample on its prompt, 1/2 where equal."""
-    return (rewards > base) + 0.5 * (rewards == base)
-
-
 def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
     """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), untrained."""
     r, learned = state["rewards"], state["learned"]
-    won = torch.from_numpy(wins(r.numpy().round(4), base[:, None].astype(np.float32)))
+    won = torch.from_numpy(in_order(r.numpy().round(4), base[:, None].astype(np.float32)))
     P, lines = len(r), []
     for method, scores in (("best-of-n", r), ("best-of-n-learned", learned)):
         for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= s.best_of):
@@ -273,7 +267,7 @@ def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
 
 
 def unbiased(rewards, betas) -> list[dict]:
-    """optimal_frontier of (P, K), its bias of order 1/K taken away: twice the whole less its halves.
+    """optimal_frontier of (P, K) without its bias of order 1/K: twice the whole less its halves.
 
     By the jackknife, prompt by prompt. Without it Best-of-N near N = K lies above the curve.
     """

@@ -17,9 +17,8 @@ import plot_frontier
 from evaluate import rank_correlation
 from gpt import pad_rows
 from presets import Settings
-from runs import Run, load_tensors, write_whole
-from stages import (HELD_OUT, Context, completions_of, held_out_measures, score,
-                    split_prompts)
+from runs import Run, write_whole
+from stages import HELD_OUT, Context, completions_of, held_out_measures, score
 from train import autocast
 
 # ------------------------------------------------------------------------------ inspect
@@ -33,8 +32,7 @@ def inspect_stage(ctx: Context, run: Run, groups: int = 24) -> None:
     correlation with r*. inspect.png and inspect.txt show them.
     """
     s, made, weight = ctx.s, ctx.groups, dpo.load_weight(ctx.s.weight)
-    ref_logps = load_tensors(ctx.folder("groups") / "ref_logps.pt")["ref_logps"]
-    _, held = split_prompts(made.prompt_ids)
+    ref_logps, (_, held) = ctx.ref_logps, ctx.split
     policy = ctx.policy("dpo")
     K, picks = len(made.completion_ids[0]), np.array(held)
     prompts, completions = completions_of(made, picks)
@@ -130,10 +128,8 @@ KEYS = ("step", "kl", "ref_ppl", "logp_chosen", "logp_rejected", "repetition", "
 def degenerate(ctx: Context, run: Run) -> None:
     """Both twins' points over the steps: degenerate.json, degenerate.png and degenerate.txt."""
     rows, samples = [], []
-    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
-    ref_logps = load_tensors(ctx.folder("groups") / "ref_logps.pt")["ref_logps"]
-    some = np.array(split_prompts(ctx.groups.prompt_ids)[1][:HELD_OUT])
-    ref_logps = ref_logps[some].flatten()
+    before, some = ctx.before, np.array(ctx.split[1][:HELD_OUT])
+    ref_logps = ctx.ref_logps[some].flatten()
     start = held_out_measures(ref_logps, ref_logps, torch.from_numpy(ctx.groups.rewards[some]))
     for s in twins(ctx.s):
         folder = ctx.beside(s).folder("dpo")

@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 import dpo
-from evaluate import rank_correlation
-from gpt import GPT, alike, pad_rows
+from evaluate import in_order, rank_correlation
+from gpt import GPT, by_length, pad_rows
 from ppo import PPO, PPOConfig
 from reward import ModelReward, RewardModel
 from runs import Run, UserError, load_tensors, save_tensors
 from stages import (Context, completions_of, finish_method, finish_policy, judged, sample_all,
-                    save_json, split_prompts)
+                    save_json, without_texts)
 from train import STOP, Interrupted, Optim, autocast, diverged, draw_seed, fit
 
 # ------------------------------------------------------------------------------ r_φ
@@ -37,7 +37,7 @@ def rm(ctx: Context, run: Run) -> None:
     Eq. 3.) `report.json` has the best checkpoint's accuracy: a maximum, hence a little high.
     """
     s, made = ctx.s, ctx.groups
-    train, held = split_prompts(made.prompt_ids)
+    train, held = ctx.split
     model = RewardModel.from_gpt(ctx.reference, ctx.reference.config.n_ctx).to(ctx.device)
     steps = max(1, len(train) // s.rm_batch)  # an epoch's
 
@@ -49,12 +49,8 @@ def rm(ctx: Context, run: Run) -> None:
         return [dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)], len(yw_idxs)
 
     def loss(model, micro):
-        lengths, out = micro["lengths"], []
-        order, parts = alike(lengths, lengths.device)
-        for rows in parts:
-            T = int(lengths[rows].max()) if len(parts) > 1 else micro["idx"].size(1)
-            out.append(model(micro["idx"][rows, :T], lengths[rows]))
-        scores = torch.cat(out)[order.argsort()]
+        lengths = micro["lengths"]
+        scores = by_length(lambda idx, rows: model(idx, lengths[rows]), micro["idx"], lengths)
         losses = dpo.reward_model_loss(scores, micro["yw_idxs"], micro["yl_idxs"])
         margin = dpo.margins(scores.detach(), micro["yw_idxs"], micro["yl_idxs"])
         return losses.sum(), dict(accuracy=(margin > 0).float(), margin=margin)
@@ -85,10 +81,9 @@ def on_pairs(ctx: Context, model: RewardModel, picks) -> dict:
     made = ctx.groups
     r = torch.from_numpy(made.rewards[picks])
     scores = ModelReward(model, ctx.data.eot, learned=True)(*completions_of(made, picks))
-    margin = dpo.margins(scores, *dpo.preference_pairs(r)[:2])
-    right = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return dict(accuracy=float(right.mean()), rank_correlation=rank_correlation(
-        scores.view(r.shape), r))
+    yw, yl, _ = dpo.preference_pairs(r)
+    return dict(accuracy=float(in_order(scores[yw], scores[yl]).mean()),
+                rank_correlation=rank_correlation(scores.view(r.shape), r))
 
 
 def report_rm(ctx: Context) -> None:
@@ -121,9 +116,7 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
     """Eq. 3 by policy gradient from the prompts that DPO learns from; saved as `fit` saves.
 
     sd: the reward's over π_ref's samples, so that one β serves rewards of any scale."""
-    s, reference = ctx.s, ctx.reference
-    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
-    train, _ = split_prompts(ctx.groups.prompt_ids)
+    s, reference, before, (train, _) = ctx.s, ctx.reference, ctx.before, ctx.split
     prompts = [ctx.groups.prompt_ids[i] for i in train]
     policy = GPT(reference.config).to(ctx.device)
     policy.load_state_dict(reference.state_dict())
@@ -156,7 +149,7 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
         bar.set_postfix(reward=f"{row['reward']:.3f}", kl=f"{row['kl']:.2f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == s.ppo_steps:
             point = judged(ctx, policy, reference, before, reward)
-            run.log(dict(step=step, eval={k: v for k, v in point.items() if k != "completions"}))
+            run.log(dict(step=step, eval=without_texts(point)))
         if time.monotonic() - saved_at >= s.save_secs or STOP or step + 1 == s.ppo_steps:
             run.checkpoint(dict(step=step + 1, ppo=method.state()))
             saved_at, saved = time.monotonic(), step + 1
@@ -171,8 +164,7 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
 
 def best_of_n(ctx: Context, run: Run) -> None:
     """Many samples of π_ref on each test prompt, judged by r* and by r_φ: (P, K) each."""
-    s = ctx.s
-    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
+    s, before = ctx.s, ctx.before
     prompts = [p for p in before["prompts"] for _ in range(s.best_of)]
     samples = sample_all(ctx, run, ctx.reference, prompts, "best-of-n")
     shape = len(before["prompts"]), s.best_of

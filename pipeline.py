@@ -149,10 +149,10 @@ def make_all(ctx: Context, wanted: list[tuple[str, Settings]], jobs: int = 1,
     done(stage, settings, error, found) hears of each as it ends: error is None or what the user
     can put right, and no run stops another. Without `done` such an error is raised.
     """
-    hashes, missing, finished = {}, [], []
-    for stage, settings in wanted:
-        run = planned(ctx.beside(settings), stage, stage)
-        (finished if run.finished else missing).append((stage, settings))
+    runs = {(stage, settings): planned(ctx.beside(settings), stage, stage)
+            for stage, settings in wanted}
+    finished = [job for job, run in runs.items() if run.finished]
+    missing, hashes = [job for job in runs if job not in finished], {}
 
     def ends(stage, settings, error=None, found=False):
         if isinstance(error, Interrupted) or error and not done:
@@ -160,8 +160,8 @@ def make_all(ctx: Context, wanted: list[tuple[str, Settings]], jobs: int = 1,
         if done:
             done(stage, settings, error, found)
         if not error:
-            folder = ctx.beside(settings).folder(stage)
-            hashes[folder.name] = file_hash(folder / STAGES[stage].final)
+            run = runs[stage, settings]
+            hashes[run.folder.name] = file_hash(run.path(run.final))
 
     for stage, settings in finished:
         ends(stage, settings, found=True)

@@ -242,8 +242,8 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         n = int(rollouts[1][part.to(rollouts[1].device)].sum())  # tokens
         total = torch.zeros(4, device=rollouts[0].device)
-        _, pieces = alike(lengths[part], rollouts[0].device)
-        for some in (part[i] for piece in pieces for i in piece.split(self.rows)):
+        for rows in alike(lengths[part], rollouts[0].device, self.rows):
+            some = part[rows]
             idx, mask, old_logps, advantages, returns = cut(rollouts, some, lengths)
             with self.context():
                 values = self.value(idx)

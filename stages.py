@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data_imdb
 import dpo
 import plot_frontier
-from evaluate import evaluate, optimal_frontier, optimal_reward
+from evaluate import evaluate, in_order, optimal_frontier, optimal_reward
 from gpt import GPT, GPTConfig, pad_rows
 from presets import BASE, PRESETS, Settings, suffix
 from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy,
@@ -144,6 +144,21 @@ class Context:
         path = self.folder("groups") / "groups.jsonl" if made else Path(self.s.groups)
         return data_imdb.read_groups(path, self.data.enc, self.s.n_ctx)
 
+    @functools.cached_property
+    def split(self) -> tuple[list[int], list[int]]:
+        """Indices of the groups to train on and to hold out."""
+        return split_prompts(self.groups.prompt_ids)
+
+    @functools.cached_property
+    def before(self) -> dict:
+        """What the groups stage says of π_ref: its point, the prompts it was judged on."""
+        return json.loads((self.folder("groups") / "reference.json").read_text())
+
+    @functools.cached_property
+    def ref_logps(self) -> torch.Tensor:
+        """log π_ref of the groups' completions, (P, K)."""
+        return load_tensors(self.folder("groups") / "ref_logps.pt")["ref_logps"]
+
 
 def split_prompts(prompts) -> tuple[list[int], list[int]]:
     """Indices of the groups to train on and, a tenth of the distinct prompts, to hold out."""
@@ -230,7 +245,7 @@ def chosen(ctx: Context, run: Run) -> None:
     """Section 4 · without an SFT model, π_ref maximises the likelihood of chosen completions."""
     s, groups = ctx.s, ctx.groups
     model = ctx.pretrained(s.init, s.dropout) if s.init else ctx.policy("sft", s.dropout)
-    train, _ = split_prompts(groups.prompt_ids)
+    train, _ = ctx.split
     best = groups.rewards.argmax(1)
     order = np.random.default_rng(draw_seed(s.seed, "chosen", "order")).permutation(train)
 
@@ -317,7 +332,7 @@ def groups(ctx: Context, run: Run) -> None:
     s, data, reference = ctx.s, ctx.data, ctx.reference
     if s.groups:
         made, notes = ctx.groups, ctx.groups.dropped
-        _, held = split_prompts(made.prompt_ids)
+        _, held = ctx.split
         held_out = list(dict.fromkeys(tuple(made.prompt_ids[i]) for i in held))[: s.eval_prompts]
         held_out, valid, samples = [list(p) for p in held_out], [], []
     else:
@@ -383,8 +398,7 @@ def held_out_measures(logps, ref_logps, rewards) -> dict:
     the mean log π of their members. (G*K,), (G*K,), (G, K)."""
     yw, yl, _ = dpo.preference_pairs(rewards)
     h = logps - ref_logps
-    right = (h[yw] > h[yl]).float() + 0.5 * (h[yw] == h[yl]).float()
-    return dict(accuracy=float(right.mean()), logp_chosen=float(logps[yw].mean()),
+    return dict(accuracy=float(in_order(h[yw], h[yl]).mean()), logp_chosen=float(logps[yw].mean()),
                 logp_rejected=float(logps[yl].mean()))
 
 
@@ -392,9 +406,7 @@ def dpo_stage(ctx: Context, run: Run) -> None:
     """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
     s, made = ctx.s, ctx.groups
     weight = dpo.load_weight(s.weight)
-    ref_logps = load_tensors(ctx.folder("groups") / "ref_logps.pt")["ref_logps"]
-    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
-    train, held = split_prompts(made.prompt_ids)
+    ref_logps, before, (train, held) = ctx.ref_logps, ctx.before, ctx.split
     if s.loss == "plackett-luce":  # a group needs two completions that no other ties with
         _, tied = dpo.ranking_logps(torch.zeros(made.rewards.shape), torch.from_numpy(made.rewards))
         ranked = [i for i in train if (~tied[i]).sum() >= 2]
@@ -414,7 +426,7 @@ def dpo_stage(ctx: Context, run: Run) -> None:
         point |= held_out_measures(logps, ref_logps[some].flatten(),
                                    torch.from_numpy(made.rewards[some]))
         last.update(point)
-        return {k: v for k, v in point.items() if k != "completions"}
+        return without_texts(point)
 
     name = s.loss if s.loss in OTHER_LOSSES else "dpo"
     last, some = {}, np.array(held[:HELD_OUT])
@@ -445,7 +457,12 @@ def judged(ctx: Context, policy, reference, before: dict, learned=None) -> dict:
 def finish_method(ctx: Context, run: Run, before: dict, point: dict) -> None:
     """result.json, a trained policy's last point, and samples.txt."""
     write_samples(ctx, run, before, point)
-    save_json(run.path("result.json"), {k: v for k, v in point.items() if k != "completions"})
+    save_json(run.path("result.json"), without_texts(point))
+
+
+def without_texts(point: dict) -> dict:
+    """What is logged of a point."""
+    return {k: v for k, v in point.items() if k != "completions"}
 
 
 def write_samples(ctx: Context, run: Run, before: dict, after: dict, n: int = 24) -> None:
@@ -465,8 +482,7 @@ def write_samples(ctx: Context, run: Run, before: dict, after: dict, n: int = 24
 
 def report_method(ctx: Context, stage: str) -> None:
     """The table, four samples and the picture of a finished run of a method."""
-    folder = ctx.folder(stage)
-    before = json.loads((ctx.folder("groups") / "reference.json").read_text())
+    folder, before = ctx.folder(stage), ctx.before
     after = json.loads((folder / "result.json").read_text())
     best = optimal_reward(before["optimum"], after["kl"])
     columns = [("reward r*", "reward"), ("KL, nats", "kl"), ("length", "length"), ("ended", "eos"),

@@ -29,7 +29,8 @@ from tqdm import tqdm  # noqa: E402
 
 import data_imdb  # noqa: E402
 import dpo  # noqa: E402
-from gpt import alike, pad_rows  # noqa: E402
+from evaluate import in_order  # noqa: E402
+from gpt import by_length, pad_rows  # noqa: E402
 from presets import Settings  # noqa: E402
 from runs import Run, UserError  # noqa: E402
 
@@ -325,13 +326,12 @@ def preference_batches(made, ref_logps, train: list[int], s: Settings):
 
 def sequence_logps(model, idx, prompt_lens, lengths):
     """log π(y|x) in nats: idx (B, T), (B,), (B,) -> (B,)."""
-    (order, parts), out = alike(lengths, idx.device), []
-    for rows in parts:
-        T = int(lengths[rows].max()) if len(parts) > 1 else idx.size(1)  # no GPU-CPU sync
-        mask = dpo.completion_mask(prompt_lens[rows], lengths[rows], T)
-        logps = model.token_logps(idx[rows, :T], mask)
-        out.append(dpo.completion_logps(logps, prompt_lens[rows], lengths[rows]))
-    return torch.cat(out)[order.argsort()]
+    def score(idx, rows):
+        mask = dpo.completion_mask(prompt_lens[rows], lengths[rows], idx.size(1))
+        logps = model.token_logps(idx, mask)
+        return dpo.completion_logps(logps, prompt_lens[rows], lengths[rows])
+
+    return by_length(score, idx, lengths)
 
 
 def preference_loss(s: Settings, weight):
@@ -357,11 +357,10 @@ def preference_loss(s: Settings, weight):
         else:
             losses, rewards = dpo.weighted_loss(*pair, s.beta, weight)
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
-        right = (margin > 0).float() + 0.5 * (margin == 0).float()
         return losses.sum(), dict(
-            accuracy=right, margin=margin, margin_abs=margin.abs(), reward_chosen=rewards[yw],
-            reward_rejected=rewards[yl], logp_chosen=logps[yw], logp_rejected=logps[yl],
-            weight=weight(margin, s.beta))
+            accuracy=in_order(rewards[yw], rewards[yl]), margin=margin, margin_abs=margin.abs(),
+            reward_chosen=rewards[yw], reward_rejected=rewards[yl], logp_chosen=logps[yw],
+            logp_rejected=logps[yl], weight=weight(margin, s.beta))
 
     return loss_fn
 
