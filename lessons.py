@@ -112,7 +112,7 @@ def report_inspect(ctx: Context) -> None:
 
 # settings of their own, where some hundreds of steps show it: a small β, a rate that does not fall
 TWIN = dict(beta=0.1, dpo_optimizer="adamw", dpo_schedule="constant", dpo_steps=300, dpo_warmup=0,
-            dpo_batch=11, eval_every=50, loss="pairwise")
+            eval_every=50, loss="pairwise")
 
 
 def twins(s: Settings) -> list[Settings]:

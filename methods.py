@@ -130,7 +130,7 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
         start = saved = state["step"]
         if start < s.ppo_steps:
             print(f"  {stage}: going on at iteration {start} of {s.ppo_steps}")
-    every = s.eval_every or max(1, s.ppo_steps // 4)
+    every = s.eval_every or -(-s.ppo_steps // 4)
     bar = tqdm(range(start, s.ppo_steps), stage, initial=start, total=s.ppo_steps, unit="iteration",
                disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for step in bar:

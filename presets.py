@@ -75,22 +75,22 @@ class Settings:
     loss: str = opt("dpo", "pairwise", "Eq. 7, or A.3's ranking", ("pairwise", "plackett-luce"))
     weight: str = opt("dpo", "sigmoid", "importance weight: sigmoid is DPO; constant, hinge, "
                       "indicator, ipo, cdpo, exponential, or FILE.py:FUNCTION")
-    beta: float = opt("dpo", 1.5, "β: how dear a nat of KL is; the paper's 0.1 over-optimises here")
-    dpo_steps: int = opt("dpo", 600, "optimizer steps", low=1)
+    beta: float = opt("dpo", 1.6, "β: how dear a nat of KL is; the paper's 0.1 over-optimises here")
+    dpo_steps: int = opt("dpo", 900, "optimizer steps", low=1)
     labels: str = opt("dpo", "hard", "who wins: hard, the higher r*; sampled from Eq. 1; soft, Eq. "
                       "1's probability as the label", ("hard", "sampled", "soft"))
     label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*")
     alpha: float = opt("dpo", 0.5, "of --stage unlikelihood (C.3)")
-    dpo_batch: int = opt("dpo", 22, "groups a step of 6 pairs: 11 are the paper's 64", low=1)
+    dpo_batch: int = opt("dpo", 11, "groups a step, of 6 pairs: the paper's 64", low=1)
     dpo_accum: int = opt("run", 1, "micro-batches a step: same result, less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
     dpo_schedule: str = opt("dpo", "linear", "after the warm-up", ("constant", "linear", "cosine"))
     dpo_lr: float = opt("dpo", 7e-4, "peak; the paper's is 1e-6 at 774M parameters")
-    dpo_warmup: int = opt("dpo", 100, "steps of linear warm-up; RMSprop's first are too long")
+    dpo_warmup: int = opt("dpo", 150, "steps of linear warm-up; RMSprop's first are too long")
     clip: float = opt("dpo", 1.0, "gradient norm at most; 0: never clipped")
     dpo_module: str = opt("dpo", "", "a student's file: the names it defines replace dpo.py's")
     # ---- ppo: r_φ or r* -> π_θ, by Eq. 3
-    ppo_steps: int = opt("ppo", 30, "iterations", low=1)
+    ppo_steps: int = opt("ppo", 18, "iterations", low=1)
     ppo_rollouts: int = opt("ppo", 256, "completions an iteration (the paper's 1,024)", low=8)
     ppo_lr: float = opt("ppo", 1e-3, "of the policy")
     ppo_value_lr: float = opt("ppo", 3e-3, "of the value network")
@@ -101,8 +101,8 @@ class Settings:
     best_of: int = opt("samples", 128, "π_ref's samples a test prompt: the largest N", low=2)
     # ---- frontier: every method of Figure 2
     seeds: int = opt("frontier", 1, "run seeds of every setting", low=1)
-    points: int = opt("frontier", 6, "evaluations of every run, at regular steps", low=1)
-    sweep_steps: int = opt("frontier", 300, "optimizer steps of every run but PPO's", low=1)
+    points: int = opt("frontier", 3, "evaluations of every run, at regular steps", low=1)
+    sweep_steps: int = opt("frontier", 350, "optimizer steps of every run but PPO's", low=1)
     dial: bool = opt("frontier", False, "also sampled and soft labels, s/β from 5 to 50")
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
@@ -125,7 +125,7 @@ IMDB = replace(
     prompts=25_000, eval_prompts=1_024,  # C.1; 1,024 give a standard error near 0.01
     valid_prompts=512,
     rm_lr=1e-4, ppo_lr=1e-5, ppo_value_lr=1e-4, ppo_steps=60, ppo_rollouts=1_024,  # C.1's rollouts
-    ppo_target=6.0, sweep_steps=1_000,
+    ppo_target=6.0, sweep_steps=1_000, points=6,
     beta=0.1, dpo_steps=2_000, dpo_batch=11, dpo_warmup=150,  # B ...
     dpo_lr=1e-5,  # ... but for the rate and its decay
     save_secs=60.0)

@@ -108,7 +108,7 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
     start = saved_step or 0
     forward_flops = 2 * sum(p.numel() for p in model.parameters())  # a token, matrices alone
     peak = matmul_rate(device, s.precision) if start < o.steps else 1.0
-    every = s.eval_every or max(1, o.steps // 4)
+    every = s.eval_every or -(-o.steps // 4)
     body = getattr(model, "body", model)
     compiled = torch.compile(body.hidden, dynamic=True) if s.compile else body.hidden
     model.train()
