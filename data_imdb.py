@@ -415,7 +415,7 @@ def _parse(line: bytes, enc: tiktoken.Encoding) -> tuple[list, list, list | None
     """(prompt's ids, completions' ids, rewards or None); UserError(what was wanted instead)."""
     try:
         row = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"JSON in UTF-8, got {getattr(e, 'msg', e)}") from e
     _want(isinstance(row, dict) and ("completions" in row or {"chosen", "rejected"} <= row.keys()),
           "an object with the keys prompt and completions, or prompt, chosen and rejected, or "
@@ -425,7 +425,7 @@ def _parse(line: bytes, enc: tiktoken.Encoding) -> tuple[list, list, list | None
           f"a list of two or more completions, all of them texts, got {texts!r:.80}")
     prompt, rewards, ids = (row.get(key) for key in ("prompt", "rewards", "completion_ids"))
     _want(rewards is None or isinstance(rewards, list) and len(rewards) == len(texts)
-          and all(type(r) in (int, float) and abs(r) < np.inf for r in rewards),
+          and all(type(r) in (int, float) and abs(r) < 1e38 for r in rewards),
           f"{len(texts)} rewards, finite numbers, one a completion, got {rewards!r:.80}")
     if ids is None:
         if not row.keys() & {"prompt", "completions"}:  # Anthropic-HH

@@ -8,6 +8,7 @@ B sequences, T tokens, V vocabulary, M scored tokens, P prompts, K completions a
 
 import math
 
+import numpy as np
 import torch
 
 from dpo import completion_mask, kl_divergence, optimal_policy
@@ -132,6 +133,21 @@ def optimal_frontier(rewards, betas) -> list[dict]:
                           rewards=[round(x, 4) for x in r.tolist()],
                           kls=[round(x, 4) for x in kl.tolist()]))
     return curve
+
+
+def unbiased(rewards, betas) -> list[dict]:
+    """optimal_frontier of (P, K) without its bias of order 1/K: twice the whole less its halves.
+
+    By the jackknife, prompt by prompt. Without it Best-of-N near N = K lies above the curve.
+    """
+    whole, *halves = (optimal_frontier(part, betas)
+                      for part in (rewards, rewards[:, ::2], rewards[:, 1::2]))
+    for point, one, other in zip(whole, *halves):
+        for mean, each in (("reward", "rewards"), ("kl", "kls")):
+            values = 2 * np.array(point[each]) - (np.array(one[each]) + other[each]) / 2
+            point |= {mean: float(values.mean()), each: values.round(4).tolist(),
+                      mean + "_se": standard_error(values)}
+    return whole
 
 
 def optimal_reward(curve: list[dict], kl: float) -> float | None:

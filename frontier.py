@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 import plot_frontier
 import points
-from evaluate import in_order, optimal_frontier, standard_error
+from evaluate import in_order, standard_error, unbiased
 from methods import best_of_kl, expected_best, learned_reward
 from presets import Settings
-from runs import Run, UserError, load_tensors
+from runs import Run, load_tensors, read_json, read_rows
 from stages import Context, save_json
-from train import STOP, Interrupted, autocast, draw_seed
+from train import STOP, Diverged, Interrupted, autocast, draw_seed
 
 DIAL = (5, 10, 20, 50)  # s/β, which alone decides where sampled and soft labels lead
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
@@ -106,13 +106,13 @@ def finals(s: Settings, rates: dict[str, float]) -> list[Planned]:
 def evaluations(ctx: Context, p: Planned) -> list[dict]:
     """The points of a finished run, each with its step and what was spent until then.
 
-    Beside what its own steps took, a run bears what it stands on, as if it were alone: π_ref's
-    samples that were compared, π_ref's scores of them, r_φ's training.
+    samples: completions drawn. forwards: sequences passed through a model, to draw them or to score
+    them. A run bears what it stands on, as if it were alone: π_ref's samples that were compared,
+    π_ref's scores of them, r_φ's training. seconds: of its own steps.
     """
-    K = ctx.s.completions
-    drawn = len(ctx.split[0]) * K
+    K, drawn = ctx.s.completions, compared(ctx)
     found, seconds, last = [], 0.0, {}
-    for row in plot_frontier.read_rows(ctx.beside(p.settings).folder(p.stage) / "metrics.jsonl"):
+    for row in read_rows(ctx.beside(p.settings).folder(p.stage) / "metrics.jsonl"):
         if "eval" not in row:
             seconds, last = seconds + row["seconds"], row
             continue
@@ -120,25 +120,33 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
         if p.stage == "ppo-gt":
             spent = last["samples"], last["forwards"]
         elif p.stage == "ppo":
-            spent = drawn + last["samples"], drawn * ctx.s.rm_epochs + last["forwards"]
+            spent = drawn + last["samples"], drawn * (1 + ctx.s.rm_epochs) + last["forwards"]
         else:  # π_ref scores each completion once, for the losses that have it
             scored = drawn if p.stage == "dpo" else 0
-            spent = drawn, scored + step * p.settings.dpo_batch * K
+            spent = drawn, drawn + scored + step * p.settings.dpo_batch * K
         found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=spent[0],
                           forwards=spent[1]))
     return found
 
 
+def compared(ctx: Context) -> int:
+    """How many of π_ref's completions the training preferences are about."""
+    return len(ctx.split[0]) * ctx.s.completions
+
+
 def top_kl(ctx: Context) -> float:
     """The KL up to which methods are compared."""
-    return points.SCALES.get(ctx.preset, points.IMDB_SCALE)[1]
+    return points.scale(ctx.preset)[1]
 
 
 # ------------------------------------------------------------------------------ the runs
 
 
 def sweep(ctx: Context, make) -> dict[str, str]:
-    """All runs, through `make` of pipeline.py: the rates' first, then the rest. Their hashes."""
+    """All runs, through `make` of pipeline.py: the rates' first, then the rest. Their hashes.
+
+    A run that diverges is left out and named; any other error is raised, and what ended is kept.
+    """
     s = ctx.s
     first = candidates(s)
     total = len(first) + 2 + sum(len(m.settings) * m.seeds - 1 for m in methods_of(s).values())
@@ -157,7 +165,9 @@ def sweep(ctx: Context, make) -> dict[str, str]:
             what = f"{p.method} {p.setting}, rate {p.rate:g}, seed {p.settings.run_seed}" if p \
                 else stage
             if error:
-                failed.append((p, error))
+                if p is None or not isinstance(error, Diverged):
+                    raise error  # the other runs would meet it too, or need what it would have made
+                failed.append(what)
                 what += f": {error}"
             elif p:
                 last = evaluations(ctx, p)[-1]
@@ -180,35 +190,46 @@ def sweep(ctx: Context, make) -> dict[str, str]:
         hashes |= run(learns, ("best-of-n", shared_s))
         rates = chosen_rates(ctx)
         hashes |= run([p for p in finals(s, rates) if p not in first])
-    lost = [(p, e) for p, e in failed if p not in first or p.method not in rates]
-    if lost:
-        raise UserError(f"{len(lost)} runs of the frontier failed, the others are kept; the first: "
-                        f"{lost[0][1]}")
+    if failed:
+        print(f"  {len(failed)} runs diverged and are left out: {'; '.join(failed)}")
     return hashes
 
 
 def chosen_rates(ctx: Context) -> dict[str, float]:
-    """For each method the learning rate with the largest area under its validation envelope."""
+    """For each method the learning rate with the largest share of the optimal gain."""
     return {row["method"]: row["rate"] for row in rate_table(ctx) if row["chosen"]}
 
 
 def rate_table(ctx: Context) -> list[dict]:
-    """Every candidate, its area on validation prompts, and whether it was chosen."""
-    start = ctx.before["valid_reward"]
+    """Every candidate, its share (below; None if it failed), and whether it was chosen."""
     table = []
     for p in candidates(ctx.s):
-        area = None  # of a run that failed
-        if (ctx.beside(p.settings).folder(p.stage) / "model.pt").exists():
-            found = evaluations(ctx, p)
-            kl, r = ([x[key] for x in found] for key in ("valid_kl", "valid_reward"))
-            area = float(points.area(kl, r, top_kl(ctx), start))
-        table.append(dict(method=p.method, setting=p.setting, rate=p.rate, area=area))
+        table.append(dict(method=p.method, setting=p.setting, rate=p.rate,
+                          share=share(ctx, p) if finished(ctx, p) else None))
     for method in methods_of(ctx.s):
         rows = [row for row in table if row["method"] == method]
-        best = max(rows, key=lambda row: -math.inf if row["area"] is None else row["area"])
+        best = max(rows, key=lambda row: -math.inf if row["share"] is None else row["share"])
         for row in rows:
-            row["chosen"] = row is best and row["area"] is not None
+            row["chosen"] = row is best and row["share"] is not None
     return table
+
+
+def finished(ctx: Context, p: Planned) -> bool:
+    return (ctx.beside(p.settings).folder(p.stage) / "model.pt").exists()
+
+
+def share(ctx: Context, p: Planned) -> float:
+    """Of the optimum's gain in reward at a run's KL, the share that it makes on validation prompts.
+
+    The mean over the second half of its points, where the rate has fallen, as far as they lie in
+    the compared range of KL; where none does, minus the last one's KL: the nearest is chosen.
+    """
+    before, top, found = ctx.before, top_kl(ctx), evaluations(ctx, p)
+    kl, best = zip(*sorted((p["kl"], p["reward"]) for p in before["optimum"]))
+    shares = [(x["valid_reward"] - before["valid_reward"])
+              / max(1e-3, np.interp(x["valid_kl"], kl, best) - best[0])  # a KL near 0 gains nothing
+              for x in found[len(found) // 2 :] if x["valid_kl"] <= top]
+    return float(np.mean(shares)) if shares else -found[-1]["valid_kl"]
 
 
 # ------------------------------------------------------------------------------ the points
@@ -232,25 +253,26 @@ def frontier(ctx: Context, run: Run) -> None:
     lines = [line("sft", "", before["point"], samples=0, forwards=0,
                   reward_learned=float(state["learned"].mean()))]
     rates = rate_table(ctx)
-    plans = finals(s, {row["method"]: row["rate"] for row in rates if row["chosen"]})
+    plans = [p for p in finals(s, {row["method"]: row["rate"] for row in rates if row["chosen"]})
+             if finished(ctx, p)]  # the others diverged
     for p in plans:
         for point in evaluations(ctx, p):
             if p.stage == "dpo":  # its reward model is itself
                 point["reward_learned"] = p.settings.beta * point["kl_mc"]
             lines.append(line(p.method, p.setting, point, p.settings.run_seed))
-    lines += sampled_lines(s, state, base, line)
+    lines += sampled_lines(ctx, state, base, line)
     if s.temperatures:
         lines += temperature_lines(ctx, plans, before, line)
     save_json(run.path("rates.json"), rates)
     run.finish(lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in lines))
 
 
-def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
+def sampled_lines(ctx: Context, state: dict, base, line) -> list[dict]:
     """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), untrained."""
-    r, learned = state["rewards"], state["learned"]
+    s, r, learned = ctx.s, state["rewards"], state["learned"]
     won = torch.from_numpy(in_order(r.numpy().round(4), base[:, None].astype(np.float32)))
-    P, lines = len(r), []
-    for method, scores in (("best-of-n", r), ("best-of-n-learned", learned)):
+    P, lines, drawn = len(r), [], compared(ctx)
+    for method, scores, learns in (("best-of-n", r, 0), ("best-of-n-learned", learned, 1)):
         for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= s.best_of):
             best, kl = expected_best(scores, r, N), best_of_kl(N)
             lines.append(line(method, f"N={N}", dict(
@@ -258,27 +280,13 @@ def sampled_lines(s: Settings, state: dict, base, line) -> list[dict]:
                 rewards=[round(x, 4) for x in best.tolist()], kls=[round(kl, 4)] * P,
                 win=float(expected_best(scores, won, N).mean()),
                 reward_learned=float(expected_best(scores, learned, N).mean()),
-                samples=P * N, forwards=P * N * (method != "best-of-n"))))
+                seconds=None, samples=P * N + learns * drawn,  # r_φ learns, and scores each
+                forwards=P * N + learns * (P * N + drawn * (1 + s.rm_epochs)))))
     sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
     for x, point in zip(sharpness, unbiased(r, [1 / x for x in sharpness])):
-        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), forwards=0,
-                          win=None))
+        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(),
+                          forwards=r.numel(), seconds=None, win=None))
     return lines
-
-
-def unbiased(rewards, betas) -> list[dict]:
-    """optimal_frontier of (P, K) without its bias of order 1/K: twice the whole less its halves.
-
-    By the jackknife, prompt by prompt. Without it Best-of-N near N = K lies above the curve.
-    """
-    whole, *halves = (optimal_frontier(part, betas)
-                      for part in (rewards, rewards[:, ::2], rewards[:, 1::2]))
-    for point, one, other in zip(whole, *halves):
-        for mean, each in (("reward", "rewards"), ("kl", "kls")):
-            values = 2 * np.array(point[each]) - (np.array(one[each]) + other[each]) / 2
-            point |= {mean: float(values.mean()), each: values.round(4).tolist(),
-                      mean + "_se": standard_error(values)}
-    return whole
 
 
 def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
@@ -287,6 +295,8 @@ def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
     policies, prompts = [("sft", "", 0, 0, ctx.reference)], before["prompts"]
     for method in ("dpo", "ppo", "preferred-ft"):
         last = [(evaluations(ctx, p)[-1], p) for p in plans if p.method == method]
+        if not last:
+            continue
         near = [x for x in last if x[0]["valid_kl"] <= top_kl(ctx)] or last
         point, p = max(near, key=lambda x: x[0]["valid_reward"])
         policy = ctx.beside(p.settings).policy(p.stage)
@@ -313,13 +323,13 @@ def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
 
 def report_frontier(ctx: Context) -> None:
     folder = ctx.folder("frontier")
-    table = json.loads((folder / "rates.json").read_text())
+    table = read_json(folder / "rates.json")
     for row in table:
         if row["chosen"]:
             tried = [r["rate"] for r in table if r["method"] == row["method"]]
             edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
             print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
-                  f"{', '.join(f'{rate:g}' for rate in tried)}: area {row['area']:.3f} on "
-                  f"validation prompts{edge}")
+                  f"{', '.join(f'{rate:g}' for rate in tried)}: {row['share']:.3f} of the optimal "
+                  f"gain on validation prompts{edge}")
     for picture in plot_frontier.draw_frontier(folder / "frontier.jsonl"):
         print(f"picture: {picture}")

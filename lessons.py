@@ -17,7 +17,7 @@ import plot_frontier
 from evaluate import rank_correlation
 from gpt import pad_rows
 from presets import Settings
-from runs import Run, write_whole
+from runs import Run, read_json, read_rows, write_whole
 from stages import HELD_OUT, Context, completions_of, held_out_measures, score
 from train import autocast
 
@@ -53,10 +53,10 @@ def inspect_stage(ctx: Context, run: Run, groups: int = 24) -> None:
                  rank_correlation=rank_correlation(implicit, r),
                  **held_out_measures(logps, ref_logps[picks].flatten(), r))
     if (learned := ctx.folder("rm") / "report.json").exists():  # --stage rm has made it
-        table["learned"] = json.loads(learned.read_text())
+        table["learned"] = read_json(learned)
     text = inspection_text(ctx, rows, yw_idxs, yl_idxs, prompts, completions)
     write_whole(run.path("inspect.txt"), lambda file: file.write(text.encode()))
-    plot_frontier.inspection(table, plot_frontier.read_rows(ctx.folder("dpo") / "metrics.jsonl"),
+    plot_frontier.inspection(table, read_rows(ctx.folder("dpo") / "metrics.jsonl"),
                              run.path("inspect.png"))
     run.finish(lambda file: file.write(json.dumps(table).encode()))
 
@@ -96,7 +96,7 @@ def inspection_text(ctx: Context, rows, yw_idxs, yl_idxs, prompts, completions, 
 
 def report_inspect(ctx: Context) -> None:
     folder = ctx.folder("inspect")
-    table = json.loads((folder / "inspect.json").read_text())
+    table = read_json(folder / "inspect.json")
     print("\n" + (folder / "inspect.txt").read_text())
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
@@ -135,7 +135,7 @@ def degenerate(ctx: Context, run: Run) -> None:
         folder = ctx.beside(s).folder("dpo")
         points = [dict(step=0, **before["point"] | start)]
         points += [dict(step=row["step"] + 1, **row["eval"])
-                   for row in plot_frontier.read_rows(folder / "metrics.jsonl") if "eval" in row]
+                   for row in read_rows(folder / "metrics.jsonl") if "eval" in row]
         rows += [dict(weight=s.weight, **{key: p[key] for key in KEYS}) for p in points]
         samples.append((folder / "samples.txt").read_text().split("\n\n"))
     lines = []
@@ -149,7 +149,7 @@ def degenerate(ctx: Context, run: Run) -> None:
 
 def report_degenerate(ctx: Context) -> None:
     folder = ctx.folder("degenerate")
-    rows = json.loads((folder / "degenerate.json").read_text())
+    rows = read_json(folder / "degenerate.json")
     for weight, name in (("sigmoid", "DPO, w = σ(-m)"), ("constant", "the same with w = 1")):
         print(f"\n{name}\n" + "".join(f"{key:>14}" for key in KEYS))
         for row in rows:

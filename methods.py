@@ -6,7 +6,6 @@ Each stage is (Context, Run), as there.
 P prompts, K completions a prompt, N pairs.
 """
 
-import json
 import math
 import sys
 import time
@@ -21,10 +20,11 @@ from evaluate import in_order, rank_correlation
 from gpt import GPT, by_length, pad_rows
 from ppo import PPO, PPOConfig
 from reward import ModelReward, RewardModel
-from runs import Run, UserError, load_tensors, save_tensors
+from runs import Run, load_tensors, read_json, save_tensors
 from stages import (Context, completions_of, finish_method, finish_policy, judged, sample_all,
-                    save_json, without_texts)
-from train import STOP, Interrupted, Optim, autocast, diverged, draw_seed, fit
+                    save_json, without_texts, write_samples)
+from train import (STOP, Diverged, Interrupted, Optim, autocast, diverged, draw_seed, fit,
+                   restoring)
 
 # ------------------------------------------------------------------------------ r_φ
 
@@ -87,7 +87,7 @@ def on_pairs(ctx: Context, model: RewardModel, picks) -> dict:
 
 
 def report_rm(ctx: Context) -> None:
-    report = json.loads((ctx.folder("rm") / "report.json").read_text())
+    report = read_json(ctx.folder("rm") / "report.json")
     print(f"r_φ: {report['accuracy']:.1%} of held-out pairs in order, rank correlation within a "
           f"prompt {report['rank_correlation']:.3f}; mean 0, sd {report['sd']:.2f} over π_ref's "
           "samples")
@@ -103,7 +103,7 @@ def learned_reward(ctx: Context) -> ModelReward:
 
 def ppo(ctx: Context, run: Run) -> None:
     """r_φ -> π_θ by Eq. 3."""
-    report = json.loads((ctx.folder("rm") / "report.json").read_text())
+    report = read_json(ctx.folder("rm") / "report.json")
     train_ppo(ctx, run, "ppo", learned_reward(ctx), report["sd"])
 
 
@@ -126,7 +126,8 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
                  context=lambda: autocast(ctx.device, s.precision), fp16=s.precision == "fp16")
     start, saved_at, saved, point = 0, time.monotonic(), None, {}
     if state := run.resume():
-        method.load(state["ppo"])
+        with restoring(run):
+            method.load(state["ppo"])
         start = saved = state["step"]
         if start < s.ppo_steps:
             print(f"  {stage}: going on at iteration {start} of {s.ppo_steps}")
@@ -139,7 +140,7 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
         picks = np.random.default_rng(seed).choice(len(prompts), s.ppo_rollouts)
         row = method.step(step, [prompts[i] for i in picks], seed)
         if not all(map(math.isfinite, row.values())):
-            raise UserError(diverged(run, stage, step, saved))
+            raise Diverged(diverged(run, stage, step, saved))
         row |= dict(seconds=time.perf_counter() - began, samples=method.samples,
                     forwards=method.forwards + method.samples * (stage == "ppo"))  # r_φ's own
         if stage == "ppo" and not s.groups:  # over-optimisation: the two part
@@ -163,13 +164,20 @@ def train_ppo(ctx: Context, run: Run, stage: str, reward, sd: float) -> None:
 
 
 def best_of_n(ctx: Context, run: Run) -> None:
-    """Many samples of π_ref on each test prompt, judged by r* and by r_φ: (P, K) each."""
+    """Many samples of π_ref on each test prompt, judged by r* and by r_φ: (P, K) each.
+
+    samples.txt shows the best of 16 by r_φ."""
     s, before = ctx.s, ctx.before
     prompts = [p for p in before["prompts"] for _ in range(s.best_of)]
     samples = sample_all(ctx, run, ctx.reference, prompts, "best-of-n")
     shape = len(before["prompts"]), s.best_of
-    run.finish(dict(rewards=ctx.reward(prompts, samples).view(shape),
-                    learned=learned_reward(ctx)(prompts, samples).view(shape)))
+    rewards = ctx.reward(prompts, samples).view(shape)
+    learned = learned_reward(ctx)(prompts, samples).view(shape)
+    best = learned[:, :16].argmax(1).tolist()
+    write_samples(ctx, run, before, dict(
+        completions=[samples[i * s.best_of + k] for i, k in enumerate(best)],
+        rewards=[float(r[k]) for r, k in zip(rewards, best)]))
+    run.finish(dict(rewards=rewards, learned=learned))
 
 
 def expected_best(scores, rewards, N: int):

@@ -240,6 +240,8 @@ def main(argv=None) -> int:
     if settings.dpo_module:
         dpo.own_functions(settings.dpo_module)
     dpo.load_weight(settings.weight)  # bad ones are refused before hours of parents
+    if settings.groups:
+        file_hash(settings.groups)
     print(f"preset {preset} ({reason}); stage {stage}", flush=True)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -9,7 +9,6 @@ P prompts, n points, m values of KL, R bootstrap replicates (the first is the sa
 """
 
 import argparse
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: files, never windows
 
-from points import (IMDB_SCALE, SCALES, about, envelope, knob, read_points, reference, seed_means,
+from points import (about, envelope, knob, read_points, reference, scale, seed_means,
                     series, table, table_text, trusted)
-from runs import main_exit, os_errors, write_whole
+from runs import UserError, main_exit, os_errors, read_json, read_rows, write_whole
 
 SERIES = {  # name, colour, marker, line; the colours differ in lightness too, for print in grey
     "dpo": ("DPO", "#00205c", "o", "-"),
@@ -37,10 +36,6 @@ SERIES = {  # name, colour, marker, line; the colours differ in lightness too, f
 KL, REWARD = "KL(π ‖ π_ref), nats a completion", "mean true reward r*, from 0 to 1"
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def training_curves(folder: Path, reference: Path) -> Path:
     """folder/curves.png: six panels over the steps of a dpo run.
 
@@ -48,7 +43,9 @@ def training_curves(folder: Path, reference: Path) -> Path:
     """
     rows = read_rows(folder / "metrics.jsonl")
     steps = [r for r in rows if "eval" not in r]
-    evals = [dict(step=0, **json.loads(Path(reference).read_text())["point"])]
+    if not steps or "weight_50" not in steps[0]:
+        raise UserError(f"{folder} holds no run of dpo: give the folder of one, or a frontier's")
+    evals = [dict(step=0, **read_json(Path(reference))["point"])]
     evals += [dict(step=r["step"] + 1, **r["eval"]) for r in rows if "eval" in r]
     fig = Figure(figsize=(13, 7.5), layout="constrained")
     axes = fig.subplots(2, 3)
@@ -137,15 +134,15 @@ def degeneration(rows: list[dict], path: Path) -> None:
               ("grammatical", "grammatical sentences, share", "linear"),
               ("reward", "mean true reward r*", "linear")]
     fig = Figure(figsize=(14, 6.8), layout="constrained")
-    for ax, (key, label, scale) in zip(fig.subplots(2, 4).flat, panels):
+    for ax, (key, label, axis) in zip(fig.subplots(2, 4).flat, panels):
         for weight, style, name in (("sigmoid", "o-C0", "DPO: w = σ(-m)"),
                                     ("constant", "s--C3", "w = 1")):
             points = [r for r in rows if r["weight"] == weight and r[key] is not None]
             ax.plot([r["step"] for r in points], [r[key] for r in points], style, ms=4, label=name)
         if not any(r[key] is not None for r in rows):
             ax.text(0.5, 0.5, "not defined on this corpus", ha="center", transform=ax.transAxes)
-        ax.set(xlabel="step", ylabel=label, yscale=scale)
-        if scale == "linear" and key not in ("logp_chosen", "logp_rejected"):
+        ax.set(xlabel="step", ylabel=label, yscale=axis)
+        if axis == "linear" and key not in ("logp_chosen", "logp_rejected"):
             ax.set_ylim(-0.03, 1.03)
         ax.grid(alpha=0.25)
     handles, names = fig.axes[0].get_legend_handles_labels()
@@ -218,7 +215,7 @@ def bars(ax, points: list[dict], method: str, **look) -> None:
 
 def bound(ax, points: list[dict], shown: list[dict]) -> float:
     """The optimum, the hatched region above it, and axes for `shown` and it -> where KL ends."""
-    end = SCALES.get(points[0]["preset"], IMDB_SCALE)[2]
+    end = scale(points[0]["preset"])[2]
     limit = min(end, 1.05 * max(p["kl"] for p in shown) or end)
     if best := [p for p in trusted(points) if p["kl"] <= limit]:
         kl, reward = ([p[key] for p in best] for key in ("kl", "reward"))

@@ -18,8 +18,6 @@ from runs import UserError, os_errors
 KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
         "kl_mc_se length eos distinct2 repetition grammatical ref_ppl reward_learned win ess "
         "seconds samples forwards rewards kls").split()  # of every line of frontier.jsonl
-SCALES = {"toy": ((1, 2, 3), 3, 5)}  # KLs of the table, top of the area, end of the figure's axis
-IMDB_SCALE = (1, 2, 3, 5, 10), 10, 20  # of every other preset
 METHODS = ("dpo", "plackett-luce", "ppo", "ppo-gt", "unlikelihood", "preferred-ft", "best-of-n",
            "best-of-n-learned", "dpo-soft", "dpo-sampled")  # in the table's order
 
@@ -54,11 +52,19 @@ def point_of(line: bytes) -> dict | None:
         point = json.loads(line)
         numbers = [point[key] for key in ("kl", "kl_se", "reward", "reward_se", "temperature")]
         numbers += [*point["rewards"], *point["kls"], knob(point["setting"])]
+        numbers += [point["seed"], point["step"], *(point[key] or 0 for key in (
+            "kl_mc", "reward_learned", "win", "ess", "seconds", "samples", "forwards"))]
         whole = point.keys() >= set(KEYS) and all(map(math.isfinite, numbers)) and \
-            isinstance(point["method"], str) and len(point["rewards"]) == len(point["kls"]) > 1
+            all(isinstance(point[key], str) for key in ("preset", "model", "method")) and \
+            len(point["rewards"]) == len(point["kls"]) > 1
         return point if whole else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def scale(preset: str) -> tuple[tuple, int, int]:
+    """In nats: the KLs of the table, the top of the compared range, the end of the figure's axis."""
+    return ((1, 2, 3), 3, 5) if preset == "toy" else ((1, 2, 3, 5, 10), 10, 20)
 
 
 def knob(setting: str) -> float:
@@ -175,7 +181,7 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
     seconds, samples, forwards: sums over runs (a setting and a seed), each at its last point; the
     largest of the optimum's and Best-of-N's, whose settings share one draw of samples.
     """
-    kls, top, _ = SCALES.get(points[0]["preset"], IMDB_SCALE)
+    kls, top, _ = scale(points[0]["preset"])
     at, P, rng, rows = np.array(kls, float), len(points[0]["kls"]), np.random.default_rng(seed), []
     counts = np.vstack([np.ones(P), rng.multinomial(P, np.full(P, 1 / P), bootstrap)])
     start = counts @ reference(points)["rewards"] / P  # (R,)
@@ -229,7 +235,7 @@ def excesses(points: list[dict]) -> list[tuple[float, dict]]:
 
 def table_text(points: list[dict], rows: list[dict]) -> str:
     """The rows in three blocks of Markdown, aligned so that they read as plain text too."""
-    kls, top, _ = SCALES.get(points[0]["preset"], IMDB_SCALE)
+    kls, top, _ = scale(points[0]["preset"])
     ref, best, over = reference(points), trusted(points), excesses(points)
 
     def cell(x):
@@ -267,6 +273,12 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
 
 def about(points: list[dict]) -> str:
     """Which experiment this is, for captions."""
-    p, seeds = points[0], sorted({p["seed"] for p in points})
-    return (f"Preset {p['preset']}, {p['model']}; seed{'s' * (len(seeds) > 1)} "
-            f"{', '.join(map(str, seeds))}; {len(p['rewards'])} test prompts")
+    p, seeds = points[0], {}  # of the methods that are trained
+    for method in METHODS:
+        if "best-of-n" not in method and (mine := series(points, method)):
+            of = ", ".join(map(str, sorted({x["seed"] for x in mine})))
+            seeds.setdefault(of, []).append(method)
+    usual = max(seeds, key=lambda of: len(seeds[of]), default="0")
+    others = "".join(f" ({', '.join(names)}: {of})" for of, names in seeds.items() if of != usual)
+    return (f"Preset {p['preset']}, {p['model']}; seed{'s' * (',' in usual)} {usual}{others}; "
+            f"{len(p['rewards'])} test prompts")

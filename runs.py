@@ -49,6 +49,38 @@ def os_errors(verb: str, path: Path | str) -> Iterator[None]:
                         ) from error
 
 
+# ------------------------------------------------------------------------------ small files
+
+
+def read_json(path: Path) -> Any:
+    """What a stage wrote beside its last file. UserError where that is gone or damaged."""
+    with remade(path):
+        return json.loads(path.read_bytes())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, up to the first line that a kill or a power cut left torn."""
+    rows = []
+    with remade(path):
+        lines = path.read_bytes().split(b"\n")
+    for line in lines[:-1]:  # what follows the last newline is empty, or torn
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+@contextmanager
+def remade(path: Path) -> Iterator[None]:
+    """A file of a stage that cannot be read becomes a UserError that says how to get it back."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): delete the folder {path.parent}, "
+                        "and the same command makes it again") from error
+
+
 # ------------------------------------------------------------------------------ whole files
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
@@ -243,18 +275,8 @@ class Run:
             file.write(line.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows logged so far, up to the first line that a kill or a power cut left torn."""
-        rows, path = [], self.path("metrics.jsonl")
-        if not self._has("metrics.jsonl"):
-            return rows
-        with os_errors("read", path):
-            lines = path.read_bytes().split(b"\n")
-        for line in lines[:-1]:  # what follows the last newline is empty, or torn
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        """The rows logged so far."""
+        return read_rows(self.path("metrics.jsonl")) if self._has("metrics.jsonl") else []
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces resume.pt. state is all that going on needs; state["step"], the next step."""

@@ -22,14 +22,14 @@ from tqdm import tqdm
 import data_imdb
 import dpo
 import plot_frontier
-from evaluate import evaluate, in_order, optimal_frontier, optimal_reward
+from evaluate import evaluate, in_order, optimal_reward, unbiased
 from gpt import GPT, GPTConfig, pad_rows
 from presets import BASE, PRESETS, Settings, suffix
 from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy,
                     label_batches, label_loss)
-from runs import Run, UserError, load_tensors, write_whole
+from runs import Run, UserError, load_tensors, read_json, write_whole
 from train import (STOP, Interrupted, Optim, autocast, draw_seed, fit, lm_batches, lm_loss,
-                   preference_batches, preference_loss, starts_at_reference)
+                   preference_batches, preference_loss, restoring, starts_at_reference)
 
 
 # ------------------------------------------------------------------------------ what they share
@@ -152,7 +152,7 @@ class Context:
     @functools.cached_property
     def before(self) -> dict:
         """What the groups stage says of π_ref: its point, the prompts it was judged on."""
-        return json.loads((self.folder("groups") / "reference.json").read_text())
+        return read_json(self.folder("groups") / "reference.json")
 
     @functools.cached_property
     def ref_logps(self) -> torch.Tensor:
@@ -164,9 +164,10 @@ def split_prompts(prompts) -> tuple[list[int], list[int]]:
     """Indices of the groups to train on and, a tenth of the distinct prompts, to hold out."""
     distinct = sorted(set(map(tuple, prompts)),
                       key=lambda p: hashlib.sha256(repr(p).encode()).digest())
-    if len(distinct) < 2:
-        raise UserError("the preferences have a single prompt; two are needed, one to be held out")
-    held = set(distinct[: max(1, len(distinct) // 10)])
+    if len(distinct) < 3:
+        raise UserError(f"the preferences have {len(distinct)} distinct prompts; three are needed, "
+                        "two of them to be held out")
+    held = set(distinct[: max(2, len(distinct) // 10)])
     train = [i for i, p in enumerate(prompts) if tuple(p) not in held]
     return train, [i for i, p in enumerate(prompts) if tuple(p) in held]
 
@@ -306,7 +307,8 @@ def sample_all(ctx: Context, run: Run, policy: GPT, prompts, name: str) -> list[
     """One completion a prompt; resumes at the last chunk saved."""
     s = ctx.s
     state = run.resume() or dict(step=0, ids=torch.empty(0, dtype=torch.int32), lengths=[])
-    ids, lengths, saved_at = [state["ids"]], state["lengths"], time.monotonic()
+    with restoring(run):
+        ids, lengths, saved_at = [state["ids"]], state["lengths"], time.monotonic()
     with tqdm(total=len(prompts), desc="sampling", unit="completion", initial=len(lengths),
               disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for step in range(state["step"], math.ceil(len(prompts) / CHUNK)):
@@ -360,7 +362,7 @@ def groups(ctx: Context, run: Run) -> None:
     point = ctx.evaluate(reference, reference, held_out)
     valid_reward = ctx.evaluate(reference, reference, valid)["reward"] if valid else None
     optimum = [{k: v for k, v in p.items() if k not in ("rewards", "kls")} for p in
-               optimal_frontier(rewards, np.geomspace(20, 0.01, 40))] if samples else []
+               unbiased(rewards, np.geomspace(20, 0.01, 40))] if samples else []
     save_json(run.path("reference.json"),
               dict(point=point, optimum=optimum, prompts=held_out, notes=notes,
                    valid=valid, valid_reward=valid_reward))
@@ -483,7 +485,7 @@ def write_samples(ctx: Context, run: Run, before: dict, after: dict, n: int = 24
 def report_method(ctx: Context, stage: str) -> None:
     """The table, four samples and the picture of a finished run of a method."""
     folder, before = ctx.folder(stage), ctx.before
-    after = json.loads((folder / "result.json").read_text())
+    after = read_json(folder / "result.json")
     best = optimal_reward(before["optimum"], after["kl"])
     columns = [("reward r*", "reward"), ("KL, nats", "kl"), ("length", "length"), ("ended", "eos"),
                ("repeated", "repetition"), ("grammatical", "grammatical"),
@@ -514,7 +516,7 @@ def described(stage: str, s: Settings) -> str:
 
 
 def report_reward(ctx: Context) -> None:
-    report = json.loads((ctx.folder("reward") / "report.json").read_text())
+    report = read_json(ctx.folder("reward") / "report.json")
     for name, row in report.items():
         print(f"r* on {name.replace('_', ', ')}: accuracy {row['accuracy']:.3f}, calibration error "
               f"{row['calibration_error']:.3f}")

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 # Before torch: threads that wait awake for a moment, then sleep. Torch's default waits awake for
@@ -37,6 +37,10 @@ from runs import Run, UserError  # noqa: E402
 
 class Interrupted(Exception):
     """Ctrl-C, taken at a point where the state is whole and saved."""
+
+
+class Diverged(UserError):
+    """A loss or a gradient that is not finite: other rates and other runs may be fine."""
 
 
 STOP = []  # filled by Ctrl-C; asked between steps
@@ -99,7 +103,7 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
     loss_fn(model, micro) -> (the SUM of the micro-batch's terms, what to log, each (n,)).
     Sums over all micro-batches are divided by n once, so that accumulation is one large batch.
     check(row) may refuse the first row; evaluation(model) -> dict is logged now and then.
-    Raises UserError when a loss or a gradient is not finite, Interrupted after Ctrl-C.
+    Raises Diverged when a loss or a gradient is not finite, Interrupted after Ctrl-C.
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(o, model)
@@ -132,7 +136,7 @@ def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, un
         # fp16's scaler skips a step whose gradient overflowed and lowers its scale; no one else may
         if not math.isfinite(row["loss"]) or not (scaler.is_enabled() or
                                                   math.isfinite(row["grad_norm"])):
-            raise UserError(diverged(run, stage, step, saved_step))
+            raise Diverged(diverged(run, stage, step, saved_step))
         if step == 0 and check:
             check(row)
         scaler.step(optimizer)
@@ -164,19 +168,26 @@ def restored(run: Run, stage: str, o: Optim, model, optimizer, scaler) -> int | 
     state = run.resume()
     if not state:
         return None
-    try:
+    with restoring(run):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise UserError(f"{run.path('resume.pt')} is a checkpoint of another configuration "
-                        f"({str(e).splitlines()[0]}): delete {run.folder}") from None
     if state["threads"] != torch.get_num_threads():
         print(f"  {stage}: begun with {state['threads']} threads; bit-for-bit equality with an "
               "uninterrupted run needs the same number")
     if state["step"] < o.steps:
         print(f"  {stage}: going on at step {state['step']} of {o.steps}")
     return state["step"]
+
+
+@contextmanager
+def restoring(run: Run):
+    """A state that does not fit what it is put into becomes a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, ValueError) as e:
+        raise UserError(f"{run.path('resume.pt')} is a checkpoint of another configuration "
+                        f"({str(e).splitlines()[0]}): delete {run.folder}") from None
 
 
 def backward(model, micros, n: int, loss_fn, scaler, precision: str) -> tuple[torch.Tensor, dict]:

@@ -593,6 +593,9 @@ BAD = {
     "a dialogue without a mark": ({"chosen": "good", "rejected": "bad"}, "Assistant:"),
     "another K": (OURS | {"completions": ["a", "b"], "completion_ids": [[7], [8]],
                           "rewards": [1, 0]}, "as many completions"),
+    "JSON too deep to read": ("[" * 100_000, "JSON"),
+    "a reward of four hundred digits": (json.dumps(OURS).replace("0.9", "9" * 400), "finite"),
+    "a reward past float32": (json.dumps(OURS).replace("0.9", "1e39"), "finite"),
     "an infinite reward": (json.dumps(OURS).replace("0.9", "1e999"), "finite"),
     "no rewards among rewards": (OURS | {"rewards": None}, "rewards"),
 }

@@ -13,13 +13,13 @@ import frontier
 import pipeline
 import points
 from frontier import candidates, finals, methods_of, rate_table
-from evaluate import optimal_frontier
+from evaluate import optimal_frontier, unbiased
 from methods import best_of_kl
 from presets import TOY, parse
 from pipeline import STAGES
 from runs import UserError
 from stages import Context
-from train import STOP, Interrupted
+from train import STOP, Diverged, Interrupted
 
 FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",
        "--rm-epochs", "1", "--points", "2"]
@@ -91,7 +91,7 @@ def test_a_rate_is_the_best_of_four_on_validation_prompts(ctx, swept):
         rows = [row for row in table if row["method"] == method]
         assert len({row["rate"] for row in rows}) == 4
         best, = (row for row in rows if row["chosen"])
-        assert best["area"] == max(row["area"] for row in rows)
+        assert best["share"] == max(row["share"] for row in rows)
     before = json.loads((ctx.folder("groups") / "reference.json").read_text())
     assert not set(map(tuple, before["valid"])) & set(map(tuple, before["prompts"]))
 
@@ -109,7 +109,7 @@ def test_the_optimum_of_few_samples_lies_on_that_of_many():
     r = torch.rand(400, 1024).square()
     for beta in (0.3, 0.15, 0.1, 0.05):
         few, plain, true = (f(x, [beta])[0] for f, x in (
-            (frontier.unbiased, r[:, :64]), (optimal_frontier, r[:, :64]), (optimal_frontier, r)))
+            (unbiased, r[:, :64]), (optimal_frontier, r[:, :64]), (optimal_frontier, r)))
         off, before = (abs(p["reward"] - true["reward"] - beta * (p["kl"] - true["kl"]))
                        for p in (few, plain))
         assert off < before / 2, f"β {beta}: {off:.4f} with the jackknife, {before:.4f} without"
@@ -199,7 +199,7 @@ def test_one_run_that_fails_stops_no_other(two, monkeypatch, capsys):
     def failing(preset, settings, stage, *rest):
         calls.append(settings)
         if len(calls) == 1:
-            return UserError("it diverged")
+            return Diverged("it diverged")
         return make_one(preset, settings, stage, *rest)
 
     monkeypatch.setattr(pipeline, "make_one", failing)
@@ -209,18 +209,44 @@ def test_one_run_that_fails_stops_no_other(two, monkeypatch, capsys):
         two, [j for j in runs if j[0] == "unlikelihood"], **more))
     assert "it diverged" in capsys.readouterr().out
     rates = rate_table(two)
-    assert [row["area"] is None for row in rates] == [True, False], "it loses, and is named"
+    assert [row["share"] is None for row in rates] == [True, False], "it loses, and is named"
     assert [row["chosen"] for row in rates] == [False, True]
 
 
-def test_a_run_of_the_figure_that_fails_is_told_at_the_end(two, monkeypatch, capsys):
+def test_a_run_of_the_figure_that_diverges_is_left_out_and_named(two, monkeypatch, capsys):
     make_one = pipeline.make_one
-    monkeypatch.setattr(pipeline, "make_one", lambda preset, s, *rest: UserError("it diverged")
+    monkeypatch.setattr(pipeline, "make_one", lambda preset, s, *rest: Diverged("it diverged")
                         if s.alpha == 1 else make_one(preset, s, *rest))
     pipeline.build(two, "groups", "groups")
-    with pytest.raises(UserError, match="1 runs of the frontier failed.*it diverged"):
-        frontier.sweep(two, lambda runs, **more: pipeline.make_all(
-            two, [j for j in runs if j[0] == "unlikelihood"], **more))
+    hashes = frontier.sweep(two, lambda runs, **more: pipeline.make_all(
+        two, [j for j in runs if j[0] == "unlikelihood"], **more))
+    assert len(hashes) == 2
+    assert "1 runs diverged and are left out: unlikelihood alpha=1" in capsys.readouterr().out
+    there = [p.setting for p in finals(two.s, frontier.chosen_rates(two))
+             if frontier.finished(two, p)]
+    assert there == ["alpha=0.5"]
+
+
+@pytest.mark.parametrize("refusal", ["a full disk", "a folder in use"])
+def test_any_other_failure_ends_the_sweep_before_a_rate_is_chosen_without_it(two, monkeypatch,
+                                                                             refusal):
+    monkeypatch.setattr(pipeline, "make_one", lambda *a: UserError(refusal))
+    pipeline.build(two, "groups", "groups")
+    with pytest.raises(UserError, match=refusal):
+        frontier.sweep(two, lambda runs, **more: pipeline.make_all(two, runs, **more))
+
+
+def test_the_share_is_of_the_optimum_over_the_second_half_of_the_points(two, monkeypatch):
+    """Points past KL 3 do not count; where all are, the nearest ranks first."""
+    curve = [dict(kl=0.0, reward=0.5), dict(kl=1.0, reward=0.8), dict(kl=4.0, reward=1.0)]
+    two.before = dict(optimum=curve, valid_reward=0.4)
+    points = [dict(valid_kl=kl, valid_reward=r) for kl, r in (
+        (0.5, 0.0), (1.0, 0.0), (1.0, 0.7), (2.5, 0.6), (3.1, 0.9))]
+    monkeypatch.setattr(frontier, "evaluations", lambda ctx, p: points)
+    assert frontier.share(two, None) == pytest.approx((0.3 / 0.3 + 0.2 / 0.4) / 2)
+    points[2:] = [dict(valid_kl=3.5, valid_reward=1.0)]
+    points.pop(0)
+    assert frontier.share(two, None) == -3.5
 
 
 def test_ctrl_c_stops_the_sweep(two, monkeypatch):

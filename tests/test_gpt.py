@@ -424,7 +424,7 @@ def test_n_inner_of_the_usual_size_is_accepted(folder):
 
 
 @pytest.mark.parametrize("key, value", [("vocab_size", 62), ("n_positions", 20), ("n_embd", 32),
-                                        ("n_layer", 3), ("n_layer", 1)])
+                                        ("n_layer", 3), ("n_layer", 1), ("n_head", 3)])
 def test_config_that_does_not_fit_the_weights_is_refused(folder, key, value):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))

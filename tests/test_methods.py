@@ -161,6 +161,10 @@ def test_best_of_n_s_samples_are_judged_by_both_rewards(ctx, compared):
     assert state["rewards"].shape == state["learned"].shape == (8, 8)
     assert ((state["rewards"] > 0) & (state["rewards"] < 1)).all()
     assert standard_error(state["learned"].flatten()) > 0
+    text = (folder(compared, "best-of-n") / "samples.txt").read_text()
+    best = state["learned"].argmax(1)
+    for row, k in zip(state["rewards"], best):
+        assert f"after:   r* {float(row[k]):.2f} |" in text, "the best of N by r_φ"
 
 
 # ------------------------------------------------------------------------------ other losses

@@ -317,6 +317,29 @@ def test_a_truncated_checkpoint_is_refused(chain, copied):
     refused(command(*TINY, "--out", out, "--data", chain.data), resume, "truncated")
 
 
+@pytest.mark.parametrize("stage, final, gone", [
+    ("dpo", "model.pt", "groups/reference.json"), ("dpo", "", "dpo/result.json")])
+def test_a_small_file_that_is_gone_is_one_sentence(chain, copied, stage, final, gone):
+    out = copied("sft", "groups", "dpo")
+    name, file = gone.split("/")
+    (folder(out, name) / file).unlink()
+    if final:
+        (folder(out, stage) / final).unlink()
+    refused(command(*TINY, "--out", out, "--data", chain.data), file, "delete the folder",
+            folder(out, name))
+
+
+@pytest.mark.parametrize("stage, parents", [("groups", ["sft"]), ("ppo-gt", ["sft", "groups"])])
+def test_the_checkpoint_of_another_stage_is_refused(chain, copied, stage, parents):
+    out = copied(*parents)
+    command("--stage", stage, *TINY, "--out", out, "--data", chain.data)
+    place = folder(out, stage)
+    (place / ("ref_logps.pt" if stage == "groups" else "model.pt")).unlink()
+    torch.save(dict(step=1, other=2), place / "resume.pt")
+    refused(command("--stage", stage, *TINY, "--out", out, "--data", chain.data), "resume.pt",
+            "another configuration", "delete")
+
+
 @pytest.mark.parametrize("config, words", [
     (GPTConfig(1280, 48, 1, 2, 16), ("1280 tokens", "--vocab")),
     (GPTConfig(0, 32, 1, 2, 16), ("context of 32", "--n-ctx 32"))])
@@ -611,7 +634,7 @@ BAD = {
     "nothing left after dropping": ([PAIR | {"chosen": "long " * 99}] * 3, "longer than 48 tokens"),
     "prompts past the context": ([PAIR | {"prompt": "long " * 99}] * 3, "longer than 48 tokens"),
     "an empty file": ([], "no group to learn from"),
-    "a single prompt": ([PAIR, PAIR], "single prompt"),
+    "a single prompt": ([PAIR, PAIR], "1 distinct prompts; three are needed"),
 }
 
 
@@ -622,9 +645,21 @@ def test_a_bad_preference_file_is_one_sentence(chain, copied, tmp_path, case):
     refused(command(*TINY, "--groups", path, "--out", copied("sft"), "--data", chain.data), *words)
 
 
-def test_a_preference_file_that_is_not_there(chain, copied, tmp_path):
-    refused(command(*TINY, "--groups", tmp_path / "nowhere.jsonl", "--out", copied("sft"), "--data",
-                    chain.data), "cannot read", "nowhere.jsonl")
+def test_a_preference_file_that_is_not_there_is_missed_before_sft(chain, tmp_path):
+    refused(command(*TINY, "--groups", tmp_path / "nowhere.jsonl", "--out", tmp_path / "out",
+                    "--data", chain.data), "cannot read", "nowhere.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_fewest_preferences_have_an_error_bar(chain, copied, tmp_path):
+    """Three prompts, two of them held out: no NaN, which is no JSON, in any file."""
+    path, out = write(tmp_path / "my.jsonl", [PAIR | {"prompt": x} for x in "abc"]), copied("sft")
+    result = command(*TINY, "--groups", path, "--out", out, "--data", chain.data, "--dpo-batch", 1,
+                     "--sft-batch", 1)
+    assert result.code == 0, result.err
+    for file in [*out.rglob("*.json"), *out.rglob("*.jsonl")]:
+        assert "NaN" not in file.read_text(), file
+    assert "nan" not in result.out.lower()
 
 
 # ------------------------------------------------------------------------------ imdb

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from points import area, envelope, excesses, read_points, table, table_text
+from points import about, area, envelope, excesses, read_points, table, table_text
 
 P = 60
 SPREAD = np.random.default_rng(7).normal(size=P) * 0.1  # a prompt's own height: mean 0
@@ -204,6 +204,21 @@ def test_what_lies_above_the_optimum_is_found_and_named():
     assert len(excesses(honest + [far])) == len(found), "no verdict where it is not trusted"
 
 
+@pytest.mark.parametrize("name", ["toy", "imdb-cpu"])
+def test_eq04_nothing_committed_lies_above_the_optimum(name):
+    points = read_points(Path(__file__).parents[1] / "results" / name / "frontier.jsonl")
+    found = excesses(points)
+    assert len(found) > 50 and found[0][0] < 3, found[0]
+
+
+def test_a_caption_names_the_methods_that_have_other_seeds_than_most():
+    points = [frontier_point(method, "", 1.0, 0.6) | dict(seed=seed) for method, seeds in (
+        ("dpo", (0, 1)), ("ppo", (0, 1)), ("dpo-soft", (0,)), ("dpo-sampled", (0,)),
+        ("preferred-ft", (0, 1)), ("best-of-n", (0,))) for seed in seeds]
+    assert "; seeds 0, 1 (dpo-soft, dpo-sampled: 0); " in about(points)
+    assert "; seed 0; " in about(points[:1])
+
+
 def test_an_optimum_of_few_effective_samples_is_not_trusted():
     points = [p | dict(ess=2.9) if p["method"] == "optimum" and p["kl"] > 1.55 else p
               for p in world()]
@@ -248,7 +263,9 @@ def test_lines_that_are_no_points_are_skipped_counted_and_named(tmp_path, capsys
                good[2] | dict(kls=[0.1]),
                good[0] | dict(preset="imdb"), good[0] | dict(reward=math.nan),
                good[0] | dict(rewards="x"), good[0] | dict(setting="beta=?"),
-               good[0] | dict(method=None)]
+               good[0] | dict(method=None), good[0] | dict(preset=["toy"]),
+               good[0] | dict(model=None), good[0] | dict(seed=None), good[0] | dict(step="x"),
+               good[0] | dict(ess="x"), good[0] | dict(seconds="x"), good[0] | dict(win=[1])]
     path = write_points(tmp_path, [*good[:3], *foreign, *good[3:]])
     assert read_points(path) == good, "the points before and after are kept, in order"
     said = capsys.readouterr().err
