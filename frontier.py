@@ -2,7 +2,7 @@
 
 A method's learning rate is chosen among four on validation prompts; then each of its settings runs
 at that rate, and is judged at regular steps on test prompts, the same for all: no rate, and no
-policy for another temperature, is chosen on them.
+policy for another temperature, is chosen by what it does on them.
 Knows no equation and no figure (plot_frontier.py); a run is a stage of pipeline.py.
 
 P prompts, K samples a prompt.
@@ -25,7 +25,7 @@ import points
 from evaluate import in_order, standard_error, unbiased
 from methods import best_of_kl, expected_best, learned_reward
 from presets import Settings
-from runs import Run, load_tensors, read_json, read_rows
+from runs import Run, UserError, load_tensors, read_json, read_rows
 from stages import Context, save_json
 from train import STOP, Diverged, Interrupted, autocast, draw_seed
 
@@ -46,8 +46,8 @@ def methods_of(s: Settings) -> dict[str, Method]:
     toy = s.corpus == "toy"
     targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
     paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
-    betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's four, and two between
-             for b in (0.05, 0.1, 0.5, 1.0, 2.0, 5.0)}
+    betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's, one between, and the toy's KLs
+             for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 10.0) * toy)}
     alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
     kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
     usual = 0.25, 0.5, 1.0, 2.0
@@ -112,13 +112,14 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
     """
     K, drawn = ctx.s.completions, compared(ctx)
     found, seconds, last = [], 0.0, {}
-    for row in read_rows(ctx.beside(p.settings).folder(p.stage) / "metrics.jsonl"):
+    folder = ctx.beside(p.settings).folder(p.stage)
+    for row in read_rows(folder / "metrics.jsonl"):
         if "eval" not in row:
             seconds, last = seconds + row["seconds"], row
             continue
         step = row["step"] + 1
         if p.stage == "ppo-gt":
-            spent = last["samples"], last["forwards"]
+            spent = last["samples"], last["forwards"]  # of π_ref's it uses the rewards' spread alone
         elif p.stage == "ppo":
             spent = drawn + last["samples"], drawn * (1 + ctx.s.rm_epochs) + last["forwards"]
         else:  # π_ref scores each completion once, for the losses that have it
@@ -126,6 +127,10 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
             spent = drawn, drawn + scored + step * p.settings.dpo_batch * K
         found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=spent[0],
                           forwards=spent[1]))
+    steps = p.settings.ppo_steps if p.stage in ("ppo", "ppo-gt") else p.settings.dpo_steps
+    if not found or found[-1]["step"] != steps:
+        raise UserError(f"{folder}/metrics.jsonl has lost its last rows: delete {folder}, and the "
+                        "same command makes it again")
     return found
 
 
@@ -222,12 +227,13 @@ def share(ctx: Context, p: Planned) -> float:
     """Of the optimum's gain in reward at a run's KL, the share that it makes on validation prompts.
 
     The mean over the second half of its points, where the rate has fallen, as far as they lie in
-    the compared range of KL; where none does, minus the last one's KL: the nearest is chosen.
+    the compared range of KL; where none does, minus the last one's KL: the nearest is chosen. The
+    optimum's curve, which knows no policy, is the groups stage's, of π_ref on the test prompts.
     """
     before, top, found = ctx.before, top_kl(ctx), evaluations(ctx, p)
     kl, best = zip(*sorted((p["kl"], p["reward"]) for p in before["optimum"]))
     shares = [(x["valid_reward"] - before["valid_reward"])
-              / max(1e-3, np.interp(x["valid_kl"], kl, best) - best[0])  # a KL near 0 gains nothing
+              / max(0.02, np.interp(x["valid_kl"], kl, best) - best[0])  # near 0 all is noise
               for x in found[len(found) // 2 :] if x["valid_kl"] <= top]
     return float(np.mean(shares)) if shares else -found[-1]["valid_kl"]
 
@@ -316,8 +322,9 @@ def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
         lines.append(line("best-of-n-learned", f"N={N}", dict(
             temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts),
             reward=float(rewards.mean()), reward_se=standard_error(rewards),
-            rewards=[round(x, 4) for x in rewards.tolist()], samples=len(samples),
-            forwards=len(samples))))
+            rewards=[round(x, 4) for x in rewards.tolist()], seconds=None,
+            samples=compared(ctx) + len(samples),
+            forwards=compared(ctx) * (1 + ctx.s.rm_epochs) + 2 * len(samples))))
     return lines
 
 
@@ -328,8 +335,9 @@ def report_frontier(ctx: Context) -> None:
         if row["chosen"]:
             tried = [r["rate"] for r in table if r["method"] == row["method"]]
             edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
+            won = f"{row['share']:.3f} of the optimal gain on validation prompts" \
+                if row["share"] >= 0 else "the nearest of those that all left the compared KLs"
             print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
-                  f"{', '.join(f'{rate:g}' for rate in tried)}: {row['share']:.3f} of the optimal "
-                  f"gain on validation prompts{edge}")
+                  f"{', '.join(f'{rate:g}' for rate in tried)}: {won}{edge}")
     for picture in plot_frontier.draw_frontier(folder / "frontier.jsonl"):
         print(f"picture: {picture}")

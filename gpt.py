@@ -414,12 +414,11 @@ def read_config(folder: Path) -> dict:
         raw = json.loads((folder / "config.json").read_text())
         config = dict(vocab_size=raw["vocab_size"], n_ctx=raw["n_positions"], n_embd=raw["n_embd"],
                       n_layer=raw["n_layer"], n_head=raw["n_head"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if raw["n_embd"] % raw["n_head"]:
+            raise ValueError(f"n_embd {raw['n_embd']} does not divide by n_head {raw['n_head']}")
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
         raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give "
                         f"one of {', '.join(GPT2_NAMES)} or a folder with one") from None
-    if raw["n_embd"] % raw["n_head"]:
-        raise UserError(f"{folder}/config.json: n_embd {raw['n_embd']} does not divide by n_head "
-                        f"{raw['n_head']}")
     raw["n_inner"] = raw.get("n_inner") or 4 * raw["n_embd"]
     wanted = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
                   n_inner=4 * raw["n_embd"], scale_attn_weights=True, tie_word_embeddings=True,

@@ -147,7 +147,7 @@ def make_all(ctx: Context, wanted: list[tuple[str, Settings]], jobs: int = 1,
     """Build stages whose parents are there, `jobs` at once: the hashes of those that were made.
 
     done(stage, settings, error, found) hears of each as it ends: error is None or what the user
-    can put right, and no run stops another. Without `done` such an error is raised.
+    can put right, and no run stops another unless `done` raises. Without it the error is raised.
     """
     runs = {(stage, settings): planned(ctx.beside(settings), stage, stage)
             for stage, settings in wanted}

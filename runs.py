@@ -73,12 +73,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def remade(path: Path) -> Iterator[None]:
-    """A file of a stage that cannot be read becomes a UserError that says how to get it back."""
+    """A stage's file that is no longer what it was becomes a UserError that says what to do."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): delete the folder {path.parent}, "
-                        "and the same command makes it again") from error
+        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', 0) or error}): check the "
+                        f"path; if a stage's file is gone or damaged, delete {path.parent} and run "
+                        "the stage again") from error
 
 
 # ------------------------------------------------------------------------------ whole files

@@ -308,7 +308,8 @@ def sample_all(ctx: Context, run: Run, policy: GPT, prompts, name: str) -> list[
     s = ctx.s
     state = run.resume() or dict(step=0, ids=torch.empty(0, dtype=torch.int32), lengths=[])
     with restoring(run):
-        ids, lengths, saved_at = [state["ids"]], state["lengths"], time.monotonic()
+        ids, lengths = [state["ids"]], state["lengths"]
+    saved_at = time.monotonic()
     with tqdm(total=len(prompts), desc="sampling", unit="completion", initial=len(lengths),
               disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for step in range(state["step"], math.ceil(len(prompts) / CHUNK)):
@@ -362,7 +363,7 @@ def groups(ctx: Context, run: Run) -> None:
     point = ctx.evaluate(reference, reference, held_out)
     valid_reward = ctx.evaluate(reference, reference, valid)["reward"] if valid else None
     optimum = [{k: v for k, v in p.items() if k not in ("rewards", "kls")} for p in
-               unbiased(rewards, np.geomspace(20, 0.01, 40))] if samples else []
+               unbiased(rewards, [1e9, *np.geomspace(20, 0.01, 40)])] if samples else []
     save_json(run.path("reference.json"),
               dict(point=point, optimum=optimum, prompts=held_out, notes=notes,
                    valid=valid, valid_reward=valid_reward))

@@ -325,8 +325,8 @@ def test_a_small_file_that_is_gone_is_one_sentence(chain, copied, stage, final, 
     (folder(out, name) / file).unlink()
     if final:
         (folder(out, stage) / final).unlink()
-    refused(command(*TINY, "--out", out, "--data", chain.data), file, "delete the folder",
-            folder(out, name))
+    refused(command(*TINY, "--out", out, "--data", chain.data), file, "delete",
+            folder(out, name), "run the stage again")
 
 
 @pytest.mark.parametrize("stage, parents", [("groups", ["sft"]), ("ppo-gt", ["sft", "groups"])])

@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import plot_frontier
-from plot_frontier import draw_frontier, read_rows, smooth, training_curves
+from plot_frontier import draw_frontier, smooth, training_curves
 from points import envelope
-from runs import UserError, main_exit
+from runs import UserError, main_exit, read_rows
 from test_points import GRID, START, P, best_reward, frontier_point, run_of, world, write_points
 
 
