@@ -119,7 +119,7 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
             continue
         step = row["step"] + 1
         if p.stage == "ppo-gt":
-            spent = last["samples"], last["forwards"]  # of π_ref's it uses the rewards' spread alone
+            spent = last["samples"], last["forwards"]  # of π_ref's only the rewards' spread is used
         elif p.stage == "ppo":
             spent = drawn + last["samples"], drawn * (1 + ctx.s.rm_epochs) + last["forwards"]
         else:  # π_ref scores each completion once, for the losses that have it

@@ -63,7 +63,7 @@ def point_of(line: bytes) -> dict | None:
 
 
 def scale(preset: str) -> tuple[tuple, int, int]:
-    """In nats: the KLs of the table, the top of the compared range, the end of the figure's axis."""
+    """In nats: the KLs of the table, the top of the compared range, the end of the figure."""
     return ((1, 2, 3), 3, 5) if preset == "toy" else ((1, 2, 3, 5, 10), 10, 20)
 
 
