@@ -110,7 +110,7 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
     them. A run bears what it stands on, as if it were alone: π_ref's samples that were compared,
     π_ref's scores of them, r_φ's training. seconds: of its own steps.
     """
-    K, drawn = ctx.s.completions, compared(ctx)
+    drawn, learning = compared(ctx), rm_cost(ctx)
     found, seconds, last = [], 0.0, {}
     folder = ctx.beside(p.settings).folder(p.stage)
     for row in read_rows(folder / "metrics.jsonl"):
@@ -121,10 +121,10 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
         if p.stage == "ppo-gt":
             spent = last["samples"], last["forwards"]  # of π_ref's only the rewards' spread is used
         elif p.stage == "ppo":
-            spent = drawn + last["samples"], drawn * (1 + ctx.s.rm_epochs) + last["forwards"]
+            spent = learning[0] + last["samples"], learning[1] + last["forwards"]
         else:  # π_ref scores each completion once, for the losses that have it
             scored = drawn if p.stage == "dpo" else 0
-            spent = drawn, drawn + scored + step * p.settings.dpo_batch * K
+            spent = drawn, drawn + scored + step * p.settings.dpo_batch * ctx.s.completions
         found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=spent[0],
                           forwards=spent[1]))
     steps = p.settings.ppo_steps if p.stage in ("ppo", "ppo-gt") else p.settings.dpo_steps
@@ -137,6 +137,11 @@ def evaluations(ctx: Context, p: Planned) -> list[dict]:
 def compared(ctx: Context) -> int:
     """How many of π_ref's completions the training preferences are about."""
     return len(ctx.split[0]) * ctx.s.completions
+
+
+def rm_cost(ctx: Context) -> tuple[int, int]:
+    """Samples and forward passes that r_φ takes: they are drawn, and read in each of its epochs."""
+    return compared(ctx), compared(ctx) * (1 + ctx.s.rm_epochs)
 
 
 def top_kl(ctx: Context) -> float:
@@ -277,7 +282,7 @@ def sampled_lines(ctx: Context, state: dict, base, line) -> list[dict]:
     """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), untrained."""
     s, r, learned = ctx.s, state["rewards"], state["learned"]
     won = torch.from_numpy(in_order(r.numpy().round(4), base[:, None].astype(np.float32)))
-    P, lines, drawn = len(r), [], compared(ctx)
+    P, lines, learning = len(r), [], rm_cost(ctx)
     for method, scores, learns in (("best-of-n", r, 0), ("best-of-n-learned", learned, 1)):
         for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= s.best_of):
             best, kl = expected_best(scores, r, N), best_of_kl(N)
@@ -286,8 +291,8 @@ def sampled_lines(ctx: Context, state: dict, base, line) -> list[dict]:
                 rewards=[round(x, 4) for x in best.tolist()], kls=[round(kl, 4)] * P,
                 win=float(expected_best(scores, won, N).mean()),
                 reward_learned=float(expected_best(scores, learned, N).mean()),
-                seconds=None, samples=P * N + learns * drawn,  # r_φ learns, and scores each
-                forwards=P * N + learns * (P * N + drawn * (1 + s.rm_epochs)))))
+                seconds=None, samples=P * N + learns * learning[0],
+                forwards=P * N + learns * (P * N + learning[1]))))  # r_φ learns, and scores each
     sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
     for x, point in zip(sharpness, unbiased(r, [1 / x for x in sharpness])):
         lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(),
@@ -307,7 +312,7 @@ def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
         point, p = max(near, key=lambda x: x[0]["valid_reward"])
         policy = ctx.beside(p.settings).policy(p.stage)
         policies.append((method, p.setting, p.settings.run_seed, point["step"], policy))
-    lines, learned, N = [], learned_reward(ctx), min(16, ctx.s.best_of)
+    lines, learned, N, learning = [], learned_reward(ctx), min(16, ctx.s.best_of), rm_cost(ctx)
     for t in TEMPERATURES:
         for method, setting, seed, step, policy in policies:
             point = ctx.evaluate(policy, ctx.reference, prompts, temperature=t)
@@ -323,8 +328,7 @@ def temperature_lines(ctx: Context, plans, before: dict, line) -> list[dict]:
             temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts),
             reward=float(rewards.mean()), reward_se=standard_error(rewards),
             rewards=[round(x, 4) for x in rewards.tolist()], seconds=None,
-            samples=compared(ctx) + len(samples),
-            forwards=compared(ctx) * (1 + ctx.s.rm_epochs) + 2 * len(samples))))
+            samples=learning[0] + len(samples), forwards=learning[1] + 2 * len(samples))))
     return lines
 
 

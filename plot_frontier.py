@@ -39,7 +39,8 @@ KL, REWARD = "KL(π ‖ π_ref), nats a completion", "mean true reward r*, from 
 def training_curves(folder: Path, reference: Path) -> Path:
     """folder/curves.png: six panels over the steps of a dpo run.
 
-    Reads folder/metrics.jsonl and the groups' reference.json. UserError where it cannot write.
+    Reads folder/metrics.jsonl and the groups' reference.json. UserError where they are no run of
+    dpo's, and where it cannot write.
     """
     rows = read_rows(folder / "metrics.jsonl")
     steps = [r for r in rows if "eval" not in r]
