@@ -176,3 +176,14 @@ def rank_correlation(implicit, rewards) -> float:
 
     a, b = (ranks(x) - ranks(x).mean(-1, keepdim=True) for x in (implicit, rewards))
     return float(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)).mean())
+
+
+def correlation(implicit, rewards) -> float:
+    """Pearson's, within a prompt, all prompts together: two (P, K) -> [-1, 1].
+
+    Near π_ref it is a policy's share of the optimal gain at its KL: with h = log π/π_ref the gain
+    is Cov(h, r) and the KL Var(h)/2, both under π_ref, so what h holds beside r costs KL and buys
+    no reward.
+    """
+    a, b = (x - x.mean(-1, keepdim=True) for x in (implicit, rewards))
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-9))

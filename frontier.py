@@ -1,8 +1,9 @@
 """The sweep: every method of Figure 2 from one reference model, its points in frontier.jsonl.
 
-A method's learning rate is chosen among four on validation prompts; then each of its settings runs
-at that rate, and is judged at regular steps on test prompts, the same for all: no rate, and no
-policy for another temperature, is chosen by what it does on them.
+A method's learning rate is chosen among four at one setting, on validation prompts; then each of
+its settings runs at that rate (a β larger than that setting's, at less), and is judged at regular
+steps on test prompts, the same for all: no rate, and no policy for another temperature, is chosen
+by what it does on them.
 Knows no equation and no figure (plot_frontier.py); a run is a stage of pipeline.py.
 
 P prompts, K samples a prompt.
@@ -47,7 +48,7 @@ def methods_of(s: Settings) -> dict[str, Method]:
     targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
     paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
     betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's, one between, and the toy's KLs
-             for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 10.0) * toy)}
+             for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 4.0) * toy)}
     alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
     kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
     usual = 0.25, 0.5, 1.0, 2.0
@@ -81,6 +82,9 @@ class Planned(NamedTuple):
 
 def planned(s: Settings, method: str, setting: str, rate: float, seed: int = 0) -> Planned:
     m = methods_of(s)[method]
+    ratio = m.settings[m.central].get("beta", 1) / m.settings[setting].get("beta", 1)
+    if ratio < 1:  # log π/π_ref has 1/β as far to go, and RMSprop's steps know only the rate
+        rate = float(f"{rate * math.sqrt(ratio):.3g}")
     changes = dict(run_seed=seed, **{m.rate: rate}, **m.settings[setting])
     if m.stage in ("ppo", "ppo-gt"):
         changes |= dict(eval_every=-(-s.ppo_steps // s.points))

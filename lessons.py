@@ -14,7 +14,7 @@ import torch
 
 import dpo
 import plot_frontier
-from evaluate import rank_correlation
+from evaluate import correlation, rank_correlation
 from gpt import pad_rows
 from presets import Settings
 from runs import Run, read_json, read_rows, write_whole
@@ -28,8 +28,8 @@ def inspect_stage(ctx: Context, run: Run, groups: int = 24) -> None:
     """Section 4 on held-out pairs of a finished dpo run: who is pushed, how hard, and why.
 
     inspect.json: a row a pair (r̂, margin, weight, true reward gap, gradient norms, cosine, norm of
-    the weighted update), and over all held-out groups the implicit reward's accuracy and rank
-    correlation with r*. inspect.png and inspect.txt show them.
+    the weighted update), and over all held-out groups the implicit reward's accuracy and its
+    correlations with r*. inspect.png and inspect.txt show them.
     """
     s, made, weight = ctx.s, ctx.groups, dpo.load_weight(ctx.s.weight)
     ref_logps, (_, held) = ctx.ref_logps, ctx.split
@@ -51,6 +51,7 @@ def inspect_stage(ctx: Context, run: Run, groups: int = 24) -> None:
             for values in zip(*(column.tolist() for column in columns.values()))]
     table = dict(pairs=rows, step=s.dpo_steps, beta=s.beta, groups=len(picks),
                  rank_correlation=rank_correlation(implicit, r),
+                 correlation=correlation(implicit, r),
                  **held_out_measures(logps, ref_logps[picks].flatten(), r))
     if (learned := ctx.folder("rm") / "report.json").exists():  # --stage rm has made it
         table["learned"] = read_json(learned)
@@ -100,7 +101,8 @@ def report_inspect(ctx: Context) -> None:
     print("\n" + (folder / "inspect.txt").read_text())
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
-          f"correlation within a prompt {table['rank_correlation']:.3f}")
+          f"correlation within a prompt {table['rank_correlation']:.3f}; linear correlation "
+          f"{table['correlation']:.3f}, near π_ref a policy's share of the optimal gain")
     if learned := table.get("learned"):
         print(f"r_φ, a reward model trained on the same pairs: {learned['accuracy']:.1%}, "
               f"{learned['rank_correlation']:.3f}")

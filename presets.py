@@ -90,7 +90,7 @@ class Settings:
     clip: float = opt("dpo", 1.0, "gradient norm at most; 0: never clipped")
     dpo_module: str = opt("dpo", "", "a student's file: the names it defines replace dpo.py's")
     # ---- ppo: r_φ or r* -> π_θ, by Eq. 3
-    ppo_steps: int = opt("ppo", 18, "iterations", low=1)
+    ppo_steps: int = opt("ppo", 17, "iterations", low=1)
     ppo_rollouts: int = opt("ppo", 256, "completions an iteration (the paper's 1,024)", low=8)
     ppo_lr: float = opt("ppo", 1e-3, "of the policy")
     ppo_value_lr: float = opt("ppo", 3e-3, "of the value network")
@@ -102,7 +102,7 @@ class Settings:
     # ---- frontier: every method of Figure 2
     seeds: int = opt("frontier", 1, "run seeds of every setting", low=1)
     points: int = opt("frontier", 3, "evaluations of every run, at regular steps", low=1)
-    sweep_steps: int = opt("frontier", 350, "optimizer steps of every run but PPO's", low=1)
+    sweep_steps: int = opt("frontier", 300, "optimizer steps of every run but PPO's", low=1)
     dial: bool = opt("frontier", False, "also sampled and soft labels, s/β from 5 to 50")
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")

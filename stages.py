@@ -177,7 +177,7 @@ def score(ctx: Context, model: GPT, prompts, completions) -> torch.Tensor:
     """log π(y|x) of each completion (N,), by the same path as in training."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
     out = torch.empty(len(prompts))
-    for part in lengths.argsort().split(ctx.rows()):  # alike in length: least padding
+    for part in lengths.argsort().split(max(1, ctx.rows() // 4)):  # by length; a cache holds a few
         idx, prompt_lens, ends = (x.to(ctx.device) for x in pad_rows(
             [prompts[i] for i in part], [completions[i] for i in part]))
         with autocast(ctx.device, ctx.s.precision):
@@ -440,7 +440,6 @@ def dpo_stage(ctx: Context, run: Run) -> None:
     if not last:  # killed after the last step
         evaluation(model)
     finish_method(ctx, run, before, last)
-    plot_frontier.training_curves(run.folder, ctx.folder("groups") / "reference.json")
     finish_policy(ctx, run, model)
 
 
@@ -504,7 +503,9 @@ def report_method(ctx: Context, stage: str) -> None:
           f"completion, one-sample estimate {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}\n")
     print("\n".join((folder / "samples.txt").read_text().splitlines()[:16]))
     print(f"\nmore samples: {folder / 'samples.txt'}")
-    if (folder / "curves.png").exists():
+    if stage in ("dpo", *OTHER_LOSSES):
+        if not (folder / "curves.png").exists():  # here: a sweep's runs need none, and take a second
+            plot_frontier.training_curves(folder, ctx.folder("groups") / "reference.json")
         print(f"curves:       {folder / 'curves.png'}")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import evaluate as module
-from evaluate import (distinct2, evaluate, optimal_frontier, optimal_reward, repetition,
-                      sequence_kl, standard_error)
+from evaluate import (correlation, distinct2, evaluate, optimal_frontier, optimal_reward,
+                      repetition, sequence_kl, standard_error)
 from gpt import GPT, GPTConfig, pad_rows
 
 V, EOS, MAX_NEW = 4, 3, 3
@@ -360,3 +360,17 @@ def test_optimal_reward_interpolates_where_the_curve_can_be_trusted():
     assert optimal_reward(curve, -0.1) is None and optimal_reward(curve, math.nan) is None
     assert optimal_reward([], 1.0) is None
     assert optimal_reward([curve[1]] * 2, 0.0) == 0.5, "equal points"
+
+
+def test_near_the_reference_the_correlation_is_the_share_of_the_optimal_gain():
+    torch.manual_seed(0)
+    r, noise = torch.rand(50, 30).double(), torch.randn(50, 30).double()
+    h = 1e-3 * (r + 0.2 * noise)  # log π/π_ref + f(x), π_ref uniform
+    want = correlation(h + torch.randn(50, 1), r)
+    logp = h.log_softmax(-1)
+    kl = (logp.exp() * (logp + math.log(30))).sum(-1).mean()
+    gain = (logp.exp() * r).sum(-1).mean() - r.mean()
+    best = optimal_frontier(r, [float((r.var(-1, correction=0).mean() / (2 * kl)).sqrt())])[0]
+    assert best["kl"] == pytest.approx(float(kl), rel=1e-2), "Eq. 4's policy at the same KL"
+    assert 0.5 < want < 0.9
+    assert float(gain) / (best["reward"] - float(r.mean())) == pytest.approx(want, rel=1e-2)

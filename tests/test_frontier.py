@@ -1,9 +1,11 @@
 """frontier.py: the sweep as a stage. Two steps a run: what is asked is bookkeeping, not quality."""
 
 import json
+import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +103,18 @@ def test_a_candidate_at_the_chosen_rate_is_a_run_of_the_figure():
                      for name, m in methods_of(TOY).items()}
     both = [p for p in finals(s, rates) if p in candidates(s)]
     assert len(both) == len(methods_of(s)), "one a method, which is not run twice"
+
+
+def test_beyond_the_setting_that_it_was_chosen_at_a_larger_beta_takes_a_smaller_rate():
+    s = replace(TOY, dial=True, rankings=True)
+    rates = {name: getattr(s, m.rate) for name, m in methods_of(s).items()}
+    for p in finals(s, rates):
+        m = methods_of(s)[p.method]
+        assert p.rate == getattr(p.settings, m.rate)
+        beta, central = (x.get("beta", 1) for x in (m.settings[p.setting], m.settings[m.central]))
+        want = rates[p.method] * min(1, math.sqrt(central / beta))
+        assert p.rate == pytest.approx(want, rel=5e-3), (p.method, p.setting)
+    assert len({p.rate for p in finals(s, rates) if p.method == "dpo"}) == 4, "2, 3, 4 and 5"
 
 
 def test_the_optimum_of_few_samples_lies_on_that_of_many():

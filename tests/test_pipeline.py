@@ -195,7 +195,7 @@ def test_killed_in_dpo(chain, copied):
     out = copied("sft", "groups")
     killed_and_finished([*TINY, "--data", chain.data, "--out", out], [
         ("log",), ("torn", "resume.pt", 2), ("log", "", 3), ("after", "resume.pt", 2), ("sample",),
-        ("torn", "result.json"), ("torn", "curves.png"), ("torn", "model.pt")])
+        ("torn", "result.json"), ("torn", "model.pt")])
     same(folder(out, "dpo"), folder(chain.out, "dpo"))
 
 
