@@ -52,8 +52,9 @@ class Attention(nn.Module):
             cache[1, :, :, start : start + T] = v
             k, v = cache[:, :, :, : start + T]
         # SDPA aligns its causal mask to the top left, so a cached prefix allows one query at a time
+        causal = cache is None or T > 1  # in training no comparison of shapes: torch.compile's vary
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -115,8 +116,14 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, hidden):
-        """(..., C) -> logits (..., V)."""
-        return project(hidden, self.wte.weight)
+        """(..., C) -> logits (..., V), under autocast up to one constant a position."""
+        return project(hidden, self.head_weight())
+
+    def head_weight(self):
+        """W (V, C) of the head, under autocast centred and in its dtype."""
+        w, device = self.wte.weight, self.wte.weight.device.type
+        return centred(w).to(torch.get_autocast_dtype(device)) \
+            if torch.is_autocast_enabled(device) else w
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
@@ -187,11 +194,12 @@ class GPT(nn.Module):
         live = torch.arange(len(prompts), device=device)  # the rows that still run
         alive = torch.ones_like(live, dtype=torch.bool)
         start, t = 0, min(len(p) for p in prompts)  # the shortest prompt goes in at once
+        w = self.head_weight()
         while t < tokens.size(1):
             hidden = self.hidden(tokens[live, start:t], cache, start)[:, -1]
             step = t - prompt_lens[live]
             u = uniforms[live, step.clamp(0, uniforms.size(1) - 1)]
-            new = draw(self.head(hidden), u, temperature, top_k, top_p)
+            new = draw(project(hidden, w), u, temperature, top_k, top_p)
             new = torch.where(alive & (step >= 0), new, tokens[live, t])  # in its prompt: its own
             tokens[live, t] = new
             ended = alive & (step >= 0) & ((new == eos) | (t + 1 >= ends[live]))
@@ -212,8 +220,9 @@ class GPT(nn.Module):
         """The model of a run's model.pt. Raises UserError where the file is no such thing."""
         saved = load_tensors(path)
         try:
-            model = cls(GPTConfig(**saved["config"] | {"dropout": dropout}))
-            model.load_state_dict(saved["model"])
+            with torch.device("meta"):  # no weights to draw that the file's replace
+                model = cls(GPTConfig(**saved["config"] | {"dropout": dropout}))
+            model.load_state_dict(saved["model"], assign=True)
         except (KeyError, TypeError, RuntimeError) as e:
             raise UserError(f"{path} holds no GPT of this code ({str(e).splitlines()[0]}): delete "
                             "its folder and run the stage that makes it") from None
@@ -279,6 +288,12 @@ class GPT(nn.Module):
         write_whole(folder / "config.json", lambda file: file.write(text))
 
 
+def centred(w):
+    """W (V, C) less its mean row: logits move by one constant, which no softmax sees. GPT-2's are
+    all near -60 or below, where bf16 knows no step finer than 0.25."""
+    return w - w.mean(0)
+
+
 def project(h, w):
     """h Wᵀ: h (..., C), W (V, C) -> (..., V)."""
     if h.is_cuda or len(w) < 2**14:
@@ -302,7 +317,7 @@ class HeadLogps(torch.autograd.Function):
     def forward(ctx, h, w, targets, grad):
         if torch.is_autocast_enabled(h.device.type):
             dtype = torch.get_autocast_dtype(h.device.type)
-            h, w = h.to(dtype), w.to(dtype)
+            h, w = h.to(dtype), centred(w).to(dtype)
         full = torch.promote_types(h.dtype, torch.float32)
         logps = torch.empty(len(h), dtype=full, device=h.device)
         slopes = h.new_empty(len(h) if grad else 0, len(w))

@@ -66,12 +66,12 @@ def one_by_one(ctx: Context, policy, prompts, completions) -> list[torch.Tensor]
     """log π(y|x) of each completion with a graph of its own: a backward then passes through one
     sequence, not through the whole batch."""
     out = []
-    for prompt, completion in zip(prompts, completions):
-        idx, prompt_lens, lengths = (x.to(ctx.device) for x in pad_rows([prompt], [completion]))
-        mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
-        with autocast(ctx.device, ctx.s.precision):  # as π_ref was scored
+    with autocast(ctx.device, ctx.s.precision):  # as π_ref was scored; once, and so one cast of W
+        for prompt, completion in zip(prompts, completions):
+            idx, prompt_lens, lengths = (x.to(ctx.device) for x in pad_rows([prompt], [completion]))
+            mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
             logps = policy.token_logps(idx, mask)
-        out.append(dpo.completion_logps(logps, prompt_lens, lengths)[0])
+            out.append(dpo.completion_logps(logps, prompt_lens, lengths)[0])
     return out
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -98,13 +98,23 @@ def build(ctx: Context, stage: str, wanted: str) -> str:
         began = time.perf_counter()
         if stage in ("dpo", *OTHER_LOSSES) and ctx.s.dpo_module:
             dpo.use_module(ctx.s.dpo_module)  # only now: the parents are nobody's exercise
-        with run:
+        with run, fits(stage):
             spec.make(ctx, run)
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s{outcome(run)}")
         if stage != wanted and spec.report:
             spec.report(ctx)
     ctx.built[folder] = file_hash(run.path(spec.final))
     return ctx.built[folder]
+
+
+@contextmanager
+def fits(stage: str):
+    """A GPU's want of memory becomes a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{stage} does not fit the GPU: give a higher --sft-accum or --dpo-accum, a "
+                        "smaller --n-layer or --n-embd, or to a frontier --jobs 1") from None
 
 
 def planned(ctx: Context, stage: str, wanted: str) -> Run:
@@ -199,8 +209,6 @@ def make_one(preset: str, settings: Settings, stage: str, command: list[str],
             build(Context(preset, settings, command), stage, stage)
         except (UserError, Interrupted) as error:
             return error
-        except torch.OutOfMemoryError:
-            return UserError(f"{stage} does not fit the GPU beside the others: give --jobs 1")
 
 
 def worker_starts() -> None:

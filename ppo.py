@@ -242,7 +242,8 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         n = int(rollouts[1][part.to(rollouts[1].device)].sum())  # tokens
         total = torch.zeros(4, device=rollouts[0].device)
-        for rows in alike(lengths[part], rollouts[0].device, self.rows):
+        # with a graph of two networks, which takes far more than a sampler's cache
+        for rows in alike(lengths[part], rollouts[0].device, max(1, self.rows // 8)):
             some = part[rows]
             idx, mask, old_logps, advantages, returns = cut(rollouts, some, lengths)
             with self.context():

@@ -137,7 +137,8 @@ GPT2_LARGE = replace(
     GPT2, init="gpt2-large", n_layer=36, n_head=20, n_embd=1280,  # C.1
     reward="siebert",  # C.1
     sft_accum=4,
-    dpo_lr=1e-6, dpo_warmup=150, dpo_schedule="constant")  # B: RMSprop, 1e-6 after 150 steps
+    dpo_lr=1e-6, dpo_warmup=150, dpo_schedule="constant",  # B: RMSprop, 1e-6 after 150 steps
+    save_secs=600.0)  # a checkpoint has 6 to 19 GB
 PRESETS = {"toy": TOY, "imdb": IMDB, "gpt2": GPT2, "gpt2-large": GPT2_LARGE}
 
 BASE = ("data", "model", "sft", "reward", "groups")  # what every method stands on

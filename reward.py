@@ -139,7 +139,8 @@ class SiebertReward:
         for i in range(0, len(strings), self.rows):
             batch = self.tokenizer(strings[i : i + self.rows], return_tensors="pt", padding=True,
                                    truncation=True).to(self.model.device)
-            logits = self.model(**batch).logits.float()
+            with torch.autocast(self.model.device.type, enabled=False):  # one judge, whoever asks
+                logits = self.model(**batch).logits.float()
             out.append(logits.softmax(-1)[:, self.positive].cpu())
         return torch.cat(out)
 

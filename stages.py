@@ -60,6 +60,7 @@ class Context:
         self.s, self.preset, self.device = s, preset, torch.device(name)
         self.root, self.command, self.built = Path(s.out) / preset, command, {}
         torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices meet a GPU
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for each shape; a sampler's all differ
 
     @functools.cached_property
     def data(self) -> data_imdb.Data:

@@ -171,6 +171,21 @@ def test_no_token_to_score():
     assert not model.wte.weight.grad.any()
 
 
+def test_half_precision_sees_past_the_constant_that_gpt2_s_logits_share():
+    """At -60 bf16's step is 0.25: without centring every log-prob would be off by a tenth."""
+    model, idx = tiny(dtype=torch.float32, std=0.1), ids(4, 24)
+    with torch.no_grad():  # every hidden state has a 10 in channel 0, every row of W a -6
+        model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0, 10, -6
+    mask = torch.ones_like(idx, dtype=torch.bool).index_fill(1, torch.tensor([0]), False)
+    whole = model(idx)
+    assert -70 < whole.mean() < -50
+    want = model.token_logps(idx, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, logits = model.token_logps(idx, mask), model(idx)
+    assert largest(got, want) < 0.05
+    assert largest(logits.float().log_softmax(-1), whole.log_softmax(-1)) < 0.05, "to sample from"
+
+
 def test_autocast_reduces_in_float32():
     model, idx = tiny(std=0.1, dtype=torch.float32), ids(4, 24)
     mask = torch.ones(4, 24, dtype=torch.bool)

@@ -747,3 +747,12 @@ def test_imdb_without_its_corpus_is_one_sentence(tmp_path, monkeypatch):
         archive.add(__file__, "aclImdb/train/pos/0_9.txt")
     monkeypatch.setenv("IMDB_PATH", str(tmp_path / "few.tar.gz"))
     refused(command(*argv), "has 0 reviews named test/pos", "wrong or incomplete archive")
+
+
+def test_a_gpu_too_small_is_told_in_a_sentence(chain, copied, monkeypatch):
+    def out_of_memory(ctx, run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(pipeline.STAGES, "dpo", pipeline.STAGES["dpo"]._replace(make=out_of_memory))
+    result = command(*TINY, "--data", chain.data, "--out", copied("sft", "groups"))
+    refused(result, "dpo does not fit the GPU", "--dpo-accum")

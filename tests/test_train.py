@@ -1,6 +1,7 @@
 """Laws of train.py: one large batch however it is cut, one run however it is stopped, and a start
 at π_θ = π_ref that is checked."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -446,6 +447,16 @@ def test_compile_serves_training_and_not_sampling(tmp_path, monkeypatch):
     assert len(calls) == 6 and all(r["calls"] == r["more"] for r in rows)
     trained(tmp_path / "b", "lm", plain)
     assert torch.equal(weights(net), weights(plain)) and "hidden" not in vars(net)
+
+
+def test_torch_compile_can_trace_the_loop(tmp_path, monkeypatch):
+    """With its own tracing, but without the minute that its code generator takes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    net, plain = model(), model()
+    for where, trained_one, compiled in ("a", net, True), ("b", plain, False):
+        trained(tmp_path / where, "dpo", trained_one, replace(S, compile=compiled),
+                optim("dpo", 3))
+    assert torch.allclose(weights(net), weights(plain), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------ the start of DPO
