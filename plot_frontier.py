@@ -320,7 +320,8 @@ def dial(points: list[dict]) -> Figure | None:
     ax, rings = figure.subplots(), {knob(p["setting"]): p for p in trusted(points)}
     limit = bound(ax, points, every)
     for method, mine in ends.items():
-        colour, shift = SERIES[method][1], (-17, -13) if method == "dpo-soft" else (8, -13)
+        colour = SERIES[method][1]
+        shift = {"dpo": (8, 5), "dpo-soft": (-17, -13)}.get(method, (8, -13))
         bars(ax, mine, method, ms=7, label=SERIES[method][0] + ", hard labels" * (method == "dpo"))
         for p in mine:
             if p["kl"] <= limit:
