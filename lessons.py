@@ -66,7 +66,7 @@ def one_by_one(ctx: Context, policy, prompts, completions) -> list[torch.Tensor]
     """log π(y|x) of each completion with a graph of its own: a backward then passes through one
     sequence, not through the whole batch."""
     out = []
-    with autocast(ctx.device, ctx.s.precision):  # as π_ref was scored; once, and so one cast of W
+    with autocast(ctx.device, ctx.s.precision):  # as π_ref was scored; once: one cast of the blocks
         for prompt, completion in zip(prompts, completions):
             idx, prompt_lens, lengths = (x.to(ctx.device) for x in pad_rows([prompt], [completion]))
             mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
@@ -101,8 +101,8 @@ def report_inspect(ctx: Context) -> None:
     print("\n" + (folder / "inspect.txt").read_text())
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
-          f"correlation within a prompt {table['rank_correlation']:.3f}; linear correlation "
-          f"{table['correlation']:.3f}, near π_ref a policy's share of the optimal gain")
+          f"correlation within a prompt {table['rank_correlation']:.3f}, linear "
+          f"{table['correlation']:.3f}")
     if learned := table.get("learned"):
         print(f"r_φ, a reward model trained on the same pairs: {learned['accuracy']:.1%}, "
               f"{learned['rank_correlation']:.3f}")

@@ -98,7 +98,7 @@ def build(ctx: Context, stage: str, wanted: str) -> str:
         began = time.perf_counter()
         if stage in ("dpo", *OTHER_LOSSES) and ctx.s.dpo_module:
             dpo.use_module(ctx.s.dpo_module)  # only now: the parents are nobody's exercise
-        with run, fits(stage):
+        with run:
             spec.make(ctx, run)
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s{outcome(run)}")
         if stage != wanted and spec.report:
@@ -113,8 +113,9 @@ def fits(stage: str):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"{stage} does not fit the GPU: give a higher --sft-accum or --dpo-accum, a "
-                        "smaller --n-layer or --n-embd, or to a frontier --jobs 1") from None
+        raise UserError(f"{stage}, or what it needs, does not fit the GPU: give a smaller model or "
+                        "--max-new, to sft and dpo a higher --sft-accum and --dpo-accum, to a "
+                        "frontier --jobs 1") from None
 
 
 def planned(ctx: Context, stage: str, wanted: str) -> Run:
@@ -206,7 +207,8 @@ def make_one(preset: str, settings: Settings, stage: str, command: list[str],
         if settings.threads:
             torch.set_num_threads(settings.threads)
         try:
-            build(Context(preset, settings, command), stage, stage)
+            with fits(stage):
+                build(Context(preset, settings, command), stage, stage)
         except (UserError, Interrupted) as error:
             return error
 
@@ -256,7 +258,8 @@ def main(argv=None) -> int:
     ctx = Context(preset, settings, sys.argv[1:] if argv is None else list(argv))
     previous = signal.signal(signal.SIGINT, stop)
     try:
-        build(ctx, stage, stage)
+        with fits(stage):
+            build(ctx, stage, stage)
         if STAGES[stage].report:
             STAGES[stage].report(ctx)
     except Interrupted as e:

@@ -60,7 +60,7 @@ class Context:
         self.s, self.preset, self.device = s, preset, torch.device(name)
         self.root, self.command, self.built = Path(s.out) / preset, command, {}
         torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices meet a GPU
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for each shape; a sampler's all differ
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
 
     @functools.cached_property
     def data(self) -> data_imdb.Data:
@@ -82,7 +82,7 @@ class Context:
         return self.root / (stage + suffix(self.s, base, SETTINGS_OF[stage]))
 
     def rows(self) -> int:
-        """Sequences sampled or scored at once: what a KV cache of their length may take."""
+        """Sequences sampled at once: what a KV cache of their length may take."""
         length = self.s.n_ctx if self.s.groups else 9 + self.s.max_new
         return max(1, (2**15 if self.device.type == "cpu" else 2**16) // length)
 
@@ -178,7 +178,7 @@ def score(ctx: Context, model: GPT, prompts, completions) -> torch.Tensor:
     """log π(y|x) of each completion (N,), by the same path as in training."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
     out = torch.empty(len(prompts))
-    for part in lengths.argsort().split(max(1, ctx.rows() // 4)):  # by length; a cache holds a few
+    for part in lengths.argsort().split(max(1, ctx.rows() // 4)):  # all their tokens are at work
         idx, prompt_lens, ends = (x.to(ctx.device) for x in pad_rows(
             [prompts[i] for i in part], [completions[i] for i in part]))
         with autocast(ctx.device, ctx.s.precision):
@@ -505,7 +505,7 @@ def report_method(ctx: Context, stage: str) -> None:
     print("\n".join((folder / "samples.txt").read_text().splitlines()[:16]))
     print(f"\nmore samples: {folder / 'samples.txt'}")
     if stage in ("dpo", *OTHER_LOSSES):
-        if not (folder / "curves.png").exists():  # here: a sweep's runs need none, and take a second
+        if not (folder / "curves.png").exists():  # drawn here, for a sweep's runs need none
             plot_frontier.training_curves(folder, ctx.folder("groups") / "reference.json")
         print(f"curves:       {folder / 'curves.png'}")
 

@@ -17,7 +17,7 @@ import points
 from frontier import candidates, finals, methods_of, rate_table
 from evaluate import optimal_frontier, unbiased
 from methods import best_of_kl
-from presets import TOY, parse
+from presets import IMDB, TOY, parse
 from pipeline import STAGES
 from runs import UserError
 from stages import Context
@@ -115,6 +115,7 @@ def test_beyond_the_setting_that_it_was_chosen_at_a_larger_beta_takes_a_smaller_
         want = rates[p.method] * min(1, math.sqrt(central / beta))
         assert p.rate == pytest.approx(want, rel=5e-3), (p.method, p.setting)
     assert len({p.rate for p in finals(s, rates) if p.method == "dpo"}) == 4, "2, 3, 4 and 5"
+    assert {p.rate for p in finals(IMDB, dict(dpo=1e-5))} == {1e-5}, "elsewhere it was not measured"
 
 
 def test_the_optimum_of_few_samples_lies_on_that_of_many():

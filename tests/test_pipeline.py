@@ -755,4 +755,4 @@ def test_a_gpu_too_small_is_told_in_a_sentence(chain, copied, monkeypatch):
 
     monkeypatch.setitem(pipeline.STAGES, "dpo", pipeline.STAGES["dpo"]._replace(make=out_of_memory))
     result = command(*TINY, "--data", chain.data, "--out", copied("sft", "groups"))
-    refused(result, "dpo does not fit the GPU", "--dpo-accum")
+    refused(result, "dpo, or what it needs, does not fit the GPU", "--dpo-accum")

@@ -357,6 +357,8 @@ def test_siebert_is_the_models_probability_of_positive(roberta):
     got = judge(prompts, completions)
     assert got.shape == (5,) and got.dtype == torch.float32
     assert ((0 <= got) & (got <= 1)).all() and got.std() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(judge(prompts, completions), got), "one judge, whoever asks"
     from transformers import pipeline
     classify = pipeline("text-classification", str(roberta), top_k=None, device="cpu")
     for word, p in zip(words[:4], got):
