@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpo import completion_mask, kl_divergence, optimal_policy
-from gpt import GPT, alike, pad_rows, project
+from gpt import GPT, alike, pad_rows
 
 BLOCK_BYTES = 2**26  # of float32 log-probs over the vocabulary, made at a time
 
@@ -35,13 +35,12 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
     rows = mask.nonzero()[:, 0]  # (M,) the sequence of each scored token
     hidden = [m.hidden(idx[:, :-1])[mask] for m in (policy, reference)]  # (M, C) each
     targets = idx[:, 1:][mask]
-    heads = [m.head_weight() for m in (policy, reference)]
     out = torch.zeros(3, len(idx), dtype=torch.float64, device=idx.device)
     step = max(1, BLOCK_BYTES // (4 * policy.config.vocab_size))
     for i in range(0, len(rows), step):
         part = slice(i, i + step)
         at = targets[part, None]
-        logits, ref_logits = (project(h[part], w).float() for h, w in zip(hidden, heads))
+        logits, ref_logits = (m.head(h[part]).float() for m, h in zip((policy, reference), hidden))
         logp = (logits / temperature).log_softmax(-1) if temperature else \
             torch.full_like(logits, -math.inf).scatter(-1, at, 0.0)
         logq = ref_logits.log_softmax(-1)
