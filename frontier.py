@@ -348,8 +348,7 @@ def report_frontier(ctx: Context) -> None:
             won = f"{row['share']:.3f} of the optimal gain on validation prompts" \
                 if row["share"] >= 0 else "the nearest of those that all left the compared KLs"
             less = ", a larger β at less" * any(
-                p.method == row["method"] and p.rate < row["rate"]
-                for p in finals(ctx.s, {row["method"]: row["rate"]}))
+                p.rate < row["rate"] for p in finals(ctx.s, {row["method"]: row["rate"]}))
             print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
                   f"{', '.join(f'{rate:g}' for rate in tried)}: {won}{edge}{less}")
     for picture in plot_frontier.draw_frontier(folder / "frontier.jsonl"):

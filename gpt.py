@@ -117,13 +117,7 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), under autocast up to one constant a position."""
-        return project(hidden, self.head_weight())
-
-    def head_weight(self):
-        """W (V, C) of the head, under autocast centred and in its dtype."""
-        w, device = self.wte.weight, self.wte.weight.device.type
-        return centred(w).to(torch.get_autocast_dtype(device)) \
-            if torch.is_autocast_enabled(device) else w
+        return project(hidden, head_weight(self.wte.weight))
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
@@ -194,7 +188,7 @@ class GPT(nn.Module):
         live = torch.arange(len(prompts), device=device)  # the rows that still run
         alive = torch.ones_like(live, dtype=torch.bool)
         start, t = 0, min(len(p) for p in prompts)  # the shortest prompt goes in at once
-        w = self.head_weight()
+        w = head_weight(self.wte.weight)
         while t < tokens.size(1):
             hidden = self.hidden(tokens[live, start:t], cache, start)[:, -1]
             step = t - prompt_lens[live]
@@ -288,10 +282,13 @@ class GPT(nn.Module):
         write_whole(folder / "config.json", lambda file: file.write(text))
 
 
-def centred(w):
-    """W (V, C) less its mean row: logits move by one constant, which no softmax sees. GPT-2's lie
-    near -35 to -110, where bf16 has no step finer than 0.25."""
-    return w - w.mean(0)
+def head_weight(w):
+    """W (V, C) as the head's products take it: under autocast in its dtype and less its mean row.
+    Logits then move by one constant, which no softmax sees. GPT-2's lie near -35 to -110, where
+    bf16 has no step finer than 0.25."""
+    if not torch.is_autocast_enabled(w.device.type):
+        return w
+    return (w - w.mean(0)).to(torch.get_autocast_dtype(w.device.type))
 
 
 def project(h, w):
@@ -315,9 +312,8 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, w, targets, grad):
-        if torch.is_autocast_enabled(h.device.type):
-            dtype = torch.get_autocast_dtype(h.device.type)
-            h, w = h.to(dtype), centred(w).to(dtype)
+        w = head_weight(w)
+        h = h.to(w.dtype)
         full = torch.promote_types(h.dtype, torch.float32)
         logps = torch.empty(len(h), dtype=full, device=h.device)
         slopes = h.new_empty(len(h) if grad else 0, len(w))

@@ -75,8 +75,9 @@ class RewardModel(nn.Module):
         """The model of a run's model.pt. Raises UserError where the file is no such thing."""
         saved = load_tensors(path)
         try:
-            model = cls(GPTConfig(**saved["config"]))
-            model.load_state_dict(saved["model"])
+            with torch.device("meta"):  # as GPT.load
+                model = cls(GPTConfig(**saved["config"]))
+            model.load_state_dict(saved["model"], assign=True)
         except (KeyError, TypeError, RuntimeError) as e:
             raise UserError(f"{path} holds no reward model ({str(e).splitlines()[0]}): delete its "
                             "folder and run the stage that makes it") from None

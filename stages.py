@@ -178,7 +178,8 @@ def score(ctx: Context, model: GPT, prompts, completions) -> torch.Tensor:
     """log π(y|x) of each completion (N,), by the same path as in training."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
     out = torch.empty(len(prompts))
-    for part in lengths.argsort().split(max(1, ctx.rows() // 4)):  # all their tokens are at work
+    # alike in length: least padding; fewer than are sampled: all of their tokens are at work
+    for part in lengths.argsort().split(max(1, ctx.rows() // 4)):
         idx, prompt_lens, ends = (x.to(ctx.device) for x in pad_rows(
             [prompts[i] for i in part], [completions[i] for i in part]))
         with autocast(ctx.device, ctx.s.precision):
