@@ -15,6 +15,7 @@ import math
 import mmap
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,7 +149,7 @@ class GPT(nn.Module):
 
         prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn
         (-1: never). temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing.
-        `rows` prompts run at once; `progress(n)` hears of each n completions made. Row i's token s
+        `rows` prompts run at once, on each of `cores`; `progress(n)` hears of each n completions made. Row i's token s
         uses the uniform u[i, s], drawn up front from `seed`, so that a completion does not depend
         on how rows are batched, and two policies meet the same luck (common random numbers).
         Raises ValueError for a prompt that is empty or leaves no room in the context.
@@ -158,12 +159,15 @@ class GPT(nn.Module):
                 raise ValueError(f"a prompt of {len(prompt)} tokens; the context is "
                                  f"{self.config.n_ctx}: give 1 to {self.config.n_ctx - 1}")
         uniforms = torch.rand(len(prompts), max_new, generator=torch.Generator().manual_seed(seed))
-        training, done = self.training, []
+        device, training, done = self.wte.weight.device, self.training, []
+        at_once = cores(device)
+        parts = at_once * math.ceil(len(prompts) / (at_once * rows))
+        size = max(1, math.ceil(len(prompts) / max(1, parts)))
+        parts = ((prompts[i : i + size], uniforms[i : i + size], eos, temperature, top_k, top_p)
+                 for i in range(0, len(prompts), size))
         self.eval()
         try:
-            for i in range(0, len(prompts), rows):
-                part = self._sample_rows(prompts[i : i + rows], uniforms[i : i + rows], eos,
-                                         temperature, top_k, top_p)
+            for part in on_cores(device, lambda part: self._sample_rows(*part), parts):
                 done += part
                 progress(len(part))
         finally:
@@ -344,11 +348,37 @@ def pad_rows(prompts, completions, fill=0):
     return idx, torch.tensor([len(p) for p in prompts]), lengths
 
 
+def cores(device) -> int:
+    """Parts of a batch at work at once: on a CPU one a core, four at most, since Python itself runs
+    one at a time; on a GPU one."""
+    return min(4, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
+def on_cores(device, work, parts):
+    """work(part) of each, in their order; on a CPU `cores` of them at once, in threads. Small
+    operations divide badly among cores, whole parts do not. Not for work that draws random numbers.
+    """
+    parts = list(parts)
+    n, threads = min(cores(device), len(parts)), torch.get_num_threads()
+    if n <= 1:
+        yield from map(work, parts)
+        return
+    grad, cast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def alone(part):  # a new thread has these modes at their defaults
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, cast):
+            return work(part)
+
+    with ThreadPoolExecutor(n, "core", torch.set_num_threads, (threads // n,)) as pool:
+        yield from pool.map(alone, parts)
+
+
 def alike(lengths, device, most: int):
     """Row indices (B,) by length, in parts of `most` or fewer: on a CPU a padded position costs as
-    much as a token, and four parts with padding of their own take a third less; on a GPU, one."""
-    parts = lengths.argsort().chunk(4 if device.type == "cpu" else 1)
-    return [rows for part in parts for rows in part.split(most)]
+    much as a token, and parts with padding of their own take a third less; on a GPU, one."""
+    parts = min(4, len(lengths) // 10) if device.type == "cpu" else 1
+    return [rows for part in lengths.argsort().chunk(max(1, parts)) for rows in part.split(most)]
 
 
 def by_length(score, idx, lengths):

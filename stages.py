@@ -23,7 +23,7 @@ import data_imdb
 import dpo
 import plot_frontier
 from evaluate import evaluate, in_order, optimal_reward, unbiased
-from gpt import GPT, GPTConfig, pad_rows
+from gpt import GPT, GPTConfig, cores, on_cores, pad_rows
 from presets import BASE, PRESETS, Settings, suffix
 from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy,
                     label_batches, label_loss)
@@ -84,7 +84,7 @@ class Context:
     def rows(self) -> int:
         """Sequences sampled at once: what a KV cache of their length may take."""
         length = self.s.n_ctx if self.s.groups else 9 + self.s.max_new
-        return max(1, (2**15 if self.device.type == "cpu" else 2**16) // length)
+        return max(1, (40_000 if self.device.type == "cpu" else 2**16) // length)
 
     def policy(self, stage: str, dropout: float = 0.0) -> GPT:
         path = self.folder(stage) / "model.pt"
@@ -178,14 +178,19 @@ def score(ctx: Context, model: GPT, prompts, completions) -> torch.Tensor:
     """log π(y|x) of each completion (N,), by the same path as in training."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
     out = torch.empty(len(prompts))
-    # alike in length: least padding; fewer than are sampled: all of their tokens are at work
-    for part in lengths.argsort().split(max(1, ctx.rows() // 4)):
+
+    def logps(part):
         idx, prompt_lens, ends = (x.to(ctx.device) for x in pad_rows(
             [prompts[i] for i in part], [completions[i] for i in part]))
         with autocast(ctx.device, ctx.s.precision):
             mask = dpo.completion_mask(prompt_lens, ends, idx.size(1))
             logps = model.token_logps(idx, mask)
-        out[part] = dpo.completion_logps(logps, prompt_lens, ends).cpu()
+        return dpo.completion_logps(logps, prompt_lens, ends).cpu()
+
+    # alike in length: least padding; fewer than are sampled: all of their tokens are at work
+    parts = lengths.argsort().split(max(1, ctx.rows() // 4))
+    for part, values in zip(parts, on_cores(ctx.device, logps, parts)):
+        out[part] = values
     return out
 
 
@@ -233,8 +238,9 @@ def sft(ctx: Context, run: Run) -> None:
         model.to(ctx.device)
     pad_to = math.gcd(64, s.n_ctx) if ctx.device.type == "cuda" else 1  # few shapes to compile
     o = Optim(s.sft_steps, s.sft_lr, s.sft_warmup, "cosine", "adamw", s.sft_decay)
-    fit(run, "sft", model, lm_batches(tokens, "sft", s.sft_batch, s.sft_accum, s, pad_to),
-        lm_loss, o, s, evaluation=lambda m: dict(loss=validation_loss(ctx, m)))
+    accum = s.sft_accum * cores(ctx.device)
+    fit(run, "sft", model, lm_batches(tokens, "sft", s.sft_batch, accum, s, pad_to), lm_loss, o, s,
+        evaluation=lambda m: dict(loss=validation_loss(ctx, m)))
     finish_policy(ctx, run, model)
 
 
@@ -436,8 +442,9 @@ def dpo_stage(ctx: Context, run: Run) -> None:
     name = s.loss if s.loss in OTHER_LOSSES else "dpo"
     last, some = {}, np.array(held[:HELD_OUT])
     o = Optim(s.dpo_steps, s.dpo_lr, s.dpo_warmup, s.dpo_schedule, s.dpo_optimizer, 0.0, s.clip)
-    fit(run, name, model, preference_batches(made, ref_logps, train, s),
-        preference_loss(s, weight), o, s, "groups" if s.loss == "plackett-luce" else "pairs",
+    batches = preference_batches(made, ref_logps, train, s, s.dpo_accum * cores(ctx.device))
+    fit(run, name, model, batches, preference_loss(s, weight), o, s,
+        "groups" if s.loss == "plackett-luce" else "pairs",
         starts_at_reference(s, len(made.completion_ids[0])), evaluation)
     if not last:  # killed after the last step
         evaluation(model)

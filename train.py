@@ -30,7 +30,7 @@ from tqdm import tqdm  # noqa: E402
 import data_imdb  # noqa: E402
 import dpo  # noqa: E402
 from evaluate import in_order  # noqa: E402
-from gpt import by_length, pad_rows  # noqa: E402
+from gpt import by_length, on_cores, pad_rows  # noqa: E402
 from presets import Settings  # noqa: E402
 from runs import Run, UserError  # noqa: E402
 
@@ -192,12 +192,23 @@ def restoring(run: Run):
 
 def backward(model, micros, n: int, loss_fn, scaler, precision: str) -> tuple[torch.Tensor, dict]:
     """Adds the gradient of Σ loss / n; that sum, and each logged quantity's list of (n,)."""
-    device, total, logs = next(model.parameters()).device, 0.0, {}
-    for micro in micros:
+    params, total, logs = list(model.parameters()), 0.0, {}
+    device = params[0].device
+    unit = scaler.scale(torch.ones((), device=device))  # 1, or fp16's scale
+
+    def gradient(micro):
         with autocast(device, precision):
             loss, log = loss_fn(model, to_device(micro, device))
-        scaler.scale(loss / n).backward()
-        total = total + loss.detach() / n
+        return loss.detach() / n, log, torch.autograd.grad(loss, params, unit.to(loss) / n)
+
+    # dropout's draws come from one generator: in the order of the parts
+    drops = getattr(model, "body", model).config.dropout
+    each = map if drops else functools.partial(on_cores, device)
+    for loss, log, grads in each(gradient, micros):
+        total = total + loss
+        for p, grad in zip(params, grads):
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        del grads  # before the next micro-batch makes its own
         for key, value in log.items():
             logs.setdefault(key, []).append(value)
     return total, logs
@@ -314,7 +325,7 @@ def preference_batch(made: data_imdb.Groups, ref_logps, picks, s=Settings(), uni
                 ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
 
 
-def preference_batches(made, ref_logps, train: list[int], s: Settings):
+def preference_batches(made, ref_logps, train: list[int], s: Settings, accum: int = 1):
     """batches(step) for `fit`: s.dpo_batch groups a step, pass after pass, each reshuffled."""
     train, K = np.array(train), made.rewards.shape[1]
     name = f"dpo {s.run_seed}" if s.run_seed else "dpo"
@@ -327,7 +338,7 @@ def preference_batches(made, ref_logps, train: list[int], s: Settings):
         at = np.arange(step * s.dpo_batch, (step + 1) * s.dpo_batch)
         picks = np.array([permutation(i // len(train))[i % len(train)] for i in at.tolist()])
         micros = [preference_batch(made, ref_logps, part, s, uniforms)
-                  for part in np.array_split(picks, min(s.dpo_accum, len(picks)))]
+                  for part in np.array_split(picks, min(accum, len(picks)))]
         if s.loss == "plackett-luce":
             return micros, len(picks)
         return micros, sum(len(m["yw_idxs"]) for m in micros)

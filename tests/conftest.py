@@ -56,6 +56,14 @@ def refused(result, *words) -> str:
     return lines[0]
 
 
+@pytest.fixture
+def three_threads():
+    """Torch with three CPU threads, as on a machine with more cores."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
 def in_child(work) -> tuple[int, str]:
     """The exit code (minus the signal) and the output of work() in a forked process of its own."""
     read, write = os.pipe()

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import struct
+import threading
+import time
 import urllib.error
 
 import pytest
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 
 import data_imdb
 import gpt
-from gpt import GPT, GPTConfig, HeadLogps, draw, pad_rows
+from gpt import GPT, GPTConfig, HeadLogps, draw, on_cores, pad_rows
 from runs import UserError, main_exit, save_tensors
 
 SIZE = dict(vocab_size=61, n_ctx=24, n_layer=2, n_head=2, n_embd=16)
@@ -295,6 +297,42 @@ def test_sample_does_not_depend_on_batching():
     assert sum(heard) == 4 * 40 and max(heard) == 40
     others = [prompts[0]] + [[2] * 8] * 39
     assert model.sample(others, 15, eos, 1)[0] == whole[0]
+
+
+def test_sample_does_not_depend_on_cores(three_threads):
+    model, args, heard = tiny(std=0.15), (PROMPTS * 8, 15, 6, 1), []
+    whole = model.sample(*args, rows=5, progress=heard.append)
+    assert heard == [5] * 8, "five prompts at once on each of three cores"
+    torch.set_num_threads(1)
+    assert model.sample(*args) == whole
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("cast", [True, False])
+def test_on_cores_keeps_order_and_modes(three_threads, grad, cast):
+    """A thread begins with autograd on, autocast off and as many threads of its own as the first."""
+    def look(part):
+        time.sleep(0.01 * (3 - part % 3))  # the last is done first
+        seen.append(threading.get_ident())
+        return (part, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"), torch.get_num_threads())
+
+    seen, device = [], torch.device("cpu")
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.float16, cast):
+        dtype = torch.get_autocast_dtype("cpu")
+        assert list(on_cores(device, look, range(7))) == [
+            (part, grad, cast, dtype, 1) for part in range(7)]
+        assert len(set(seen)) == 3 and threading.get_ident() not in seen
+        assert torch.get_num_threads() == 3, "the caller's own threads have changed"
+        assert list(on_cores(device, look, [5])) == [(5, grad, cast, dtype, 3)], "one part: all"
+        seen.clear()
+        list(on_cores(torch.device("cuda"), look, range(3)))
+        assert set(seen) == {threading.get_ident()}, "a GPU's work divides itself"
+
+
+def test_on_cores_raises_what_a_part_raises(three_threads):
+    with pytest.raises(ZeroDivisionError):
+        list(on_cores(torch.device("cpu"), lambda part: 1 / (part - 4), range(9)))
 
 
 def test_sample_ends_at_eos_and_keeps_it():

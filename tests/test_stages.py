@@ -141,8 +141,8 @@ def test_evaluation_prompts_are_no_training_prompts(chain, copied, monkeypatch):
 
 def test_a_tenth_of_the_groups_is_never_trained_on(chain, ctx, copied, monkeypatch):
     seen, batches = [], stages.preference_batches
-    monkeypatch.setattr(stages, "preference_batches", lambda made, logps, train, s: (
-        seen.append(train), batches(made, logps, train, s))[1])
+    monkeypatch.setattr(stages, "preference_batches", lambda made, logps, train, *rest: (
+        seen.append(train), batches(made, logps, train, *rest))[1])
     out = copied("sft", "groups")
     assert command(*TINY, "--dpo-steps", 1, "--out", out, "--data", chain.data).code == 0
     train, held = split_prompts(ctx.groups.prompt_ids)

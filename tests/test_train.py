@@ -73,7 +73,7 @@ def job(kind, net, s=S, weight="sigmoid", noise=0.0, made=None):
     logps = ref_logps(net, made, s)
     logps = logps + noise * torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
     unit = "groups" if s.loss == "plackett-luce" else "pairs"
-    return (preference_batches(made, logps, list(range(len(made.rewards))), s),
+    return (preference_batches(made, logps, list(range(len(made.rewards))), s, s.dpo_accum),
             preference_loss(s, dpo.load_weight(weight)), unit)
 
 
@@ -162,6 +162,21 @@ def test_accumulation_equals_one_large_batch(tmp_path, kind, accum):
         row.pop("accuracy", None)  # of margins that are 0: the sign of a rounding error
     for row, other in zip(rows, others, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6), "what is logged depends on the cut"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["lm", "dpo"])
+def test_micro_batches_on_cores_end_bit_for_bit_the_same(tmp_path, three_threads, kind, dropout):
+    """Gradients are added in the order of the parts, and dropout draws in it."""
+    s, runs = replace(S, sft_accum=5, dpo_accum=5), []
+    for threads in 1, 3, 3:
+        torch.set_num_threads(threads)
+        net = model(dropout, dtype=torch.float64)
+        rows = trained(tmp_path / f"{len(runs)}", kind, net, s)
+        runs.append((weights(net), without_clock(rows)))
+    (one, _), (many, rows), (again, others) = runs
+    assert torch.equal(many, again) and rows == others
+    assert torch.allclose(one, many, atol=1e-6), "cores have changed what is learned"
 
 
 def test_unequal_micro_batches_are_not_a_mean_of_means(tmp_path):
@@ -593,7 +608,7 @@ def test_a_pass_has_every_group_once():
         assert torch.equal(batches(step)[0][0]["idx"], again(step)[0][0]["idx"])
     micros, n = preference_batches(made, logps, train_on, replace(S, loss="plackett-luce"))(0)
     assert n == 7, "a ranking is one term"
-    assert len(preference_batches(made, logps, train_on, replace(S, dpo_accum=9))(0)[0]) == 7
+    assert len(preference_batches(made, logps, train_on, S, 9)(0)[0]) == 7
 
 
 def test_a_preference_batch_has_every_completion_once_and_every_pair():
