@@ -370,8 +370,13 @@ def on_cores(device, work, parts):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, cast):
             return work(part)
 
-    with ThreadPoolExecutor(n, "core", torch.set_num_threads, (threads // n,)) as pool:
-        yield from pool.map(alone, parts)
+    yield from workers(n, threads // n).map(alone, parts)
+
+
+@functools.cache
+def workers(n: int, threads: int) -> ThreadPoolExecutor:
+    """n threads, each with as many of torch's: kept, since new ones would have to warm up."""
+    return ThreadPoolExecutor(n, "core", torch.set_num_threads, (threads,))
 
 
 def alike(lengths, device, most: int):

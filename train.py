@@ -80,7 +80,7 @@ def make_optimizer(o: Optim, model) -> torch.optim.Optimizer:
     others = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW([dict(params=matrices, weight_decay=o.decay),
                               dict(params=others, weight_decay=0.0)], lr=o.lr, betas=(0.9, 0.95),
-                             fused=matrices[0].is_cuda)
+                             fused=True)
 
 
 def autocast(device: torch.device, precision: str):
