@@ -9,6 +9,7 @@ B sequences, T tokens, V vocabulary, C channels, H heads, M scored tokens.
 """
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -37,11 +38,16 @@ class GPTConfig:
     dropout: float = 0.0  # 0 wherever log-probs are compared: DPO must start at log 2
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return project(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, cache=None, start=0):
@@ -63,8 +69,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -118,7 +124,7 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), under autocast up to one constant a position."""
-        return project(hidden, head_weight(self.wte.weight))
+        return F.linear(hidden, head_weight(self.wte.weight))
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
@@ -166,8 +172,9 @@ class GPT(nn.Module):
         parts = ((prompts[i : i + size], uniforms[i : i + size], eos, temperature, top_k, top_p)
                  for i in range(0, len(prompts), size))
         self.eval()
+        model = self.for_onednn() if self.config.n_embd >= 512 else self
         try:
-            for part in on_cores(device, lambda part: self._sample_rows(*part), parts):
+            for part in on_cores(device, lambda part: model._sample_rows(*part), parts):
                 done += part
                 progress(len(part))
         finally:
@@ -192,7 +199,7 @@ class GPT(nn.Module):
         live = torch.arange(len(prompts), device=device)  # the rows that still run
         alive = torch.ones_like(live, dtype=torch.bool)
         start, t = 0, min(len(p) for p in prompts)  # the shortest prompt goes in at once
-        w = head_weight(self.wte.weight)
+        w = packed(head_weight(self.wte.weight))
         while t < tokens.size(1):
             hidden = self.hidden(tokens[live, start:t], cache, start)[:, -1]
             step = t - prompt_lens[live]
@@ -212,6 +219,17 @@ class GPT(nn.Module):
                     live, cache, alive = live[alive], cache[:, :, alive], alive[alive]
         stops, lens, tokens = stops.tolist(), prompt_lens.tolist(), tokens.tolist()
         return [row[a:b] for row, a, b in zip(tokens, lens, stops)]
+
+    def for_onednn(self) -> "GPT":
+        """Where a CPU works in float32, a copy with packed layers: at GPT-2's width 8 % faster."""
+        w = self.wte.weight
+        if w.is_cuda or w.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return self
+        model = copy.deepcopy(self)
+        for layer in (m for m in model.modules() if isinstance(m, Linear)):
+            for name, p in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(p.to_mkldnn(), requires_grad=False))
+        return model
 
     @classmethod
     def load(cls, path: Path, dropout: float = 0.0) -> "GPT":
@@ -295,12 +313,18 @@ def head_weight(w):
     return (w - w.mean(0)).to(torch.get_autocast_dtype(w.device.type))
 
 
-def project(h, w):
-    """h Wᵀ: h (..., C), W (V, C) -> (..., V)."""
-    if h.is_cuda or len(w) < 2**14:
-        return F.linear(h, w)
-    # at V = 50257 a CPU writes the product's long rows slowly: pieces and a copy take a third less
-    return torch.cat([F.linear(h, piece) for piece in w.split(512)], -1)
+def packed(w):
+    """W (V, C) as `project` takes it: a large one on a CPU in oneDNN's layout. Without autograd.
+    Torch's own product takes 1.3 to 1.9 times as long at V = 50257."""
+    large = len(w) >= 2**14 and w.dtype == torch.float32 and w.device.type == "cpu"
+    return w.to_mkldnn() if large else w
+
+
+def project(h, w, bias=None):
+    """h Wᵀ + bias: h (..., C), W (V, C), which may be packed, as the bias then is -> (..., V)."""
+    if w.is_mkldnn:
+        return F.linear(h.to_mkldnn(), w, bias).to_dense()
+    return F.linear(h, w, bias)
 
 
 LOGITS_BUDGET = {"cpu": 2**31, "cuda": 2**33}  # bytes in float32 that may be kept for backward
@@ -321,10 +345,10 @@ class HeadLogps(torch.autograd.Function):
         full = torch.promote_types(h.dtype, torch.float32)
         logps = torch.empty(len(h), dtype=full, device=h.device)
         slopes = h.new_empty(len(h) if grad else 0, len(w))
-        rows = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w)))
+        rows, w_packed = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w))), packed(w)
         for i in range(0, len(h), rows):
             part = slice(i, i + rows)
-            logits, target = project(h[part], w), targets[part, None]
+            logits, target = project(h[part], w_packed), targets[part, None]
             logp = logits.log_softmax(-1, dtype=full).gather(-1, target)
             logps[part] = logp[:, 0]
             if grad:

@@ -307,6 +307,27 @@ def test_sample_does_not_depend_on_cores(three_threads):
     assert model.sample(*args) == whole
 
 
+@pytest.mark.parametrize("V", [61, 2**14 + 3])
+def test_samples_by_onednn_are_the_same(monkeypatch, V):
+    """A wide model on a CPU is sampled from a copy, with its matrices in another layout."""
+    wide = GPT(GPTConfig(**SIZE | dict(vocab_size=V, n_embd=512))).eval()
+    copies, args = [], (PROMPTS * 4, 12, -1, 0)
+    made = wide.for_onednn()
+    assert made is not wide and made.h[0].mlp.c_fc.weight.is_mkldnn
+    with torch.no_grad():
+        assert largest(made.hidden(ids(3, 9)), wide.hidden(ids(3, 9))) < 1e-5
+    monkeypatch.setattr(GPT, "for_onednn", lambda self: copies.append(made) or made)
+    packed = wide.sample(*args)
+    monkeypatch.setattr(gpt, "packed", lambda w: w)
+    monkeypatch.setattr(GPT, "for_onednn", lambda self: self)
+    same = sum(a == b for a, b in zip(packed, wide.sample(*args)))
+    assert copies and same >= len(packed) - 1, "more than a draw at the edge of two tokens"
+    monkeypatch.undo()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide.for_onednn() is wide and wide.sample(*args)
+    assert wide.double().for_onednn() is wide and wide.sample(*args)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("cast", [True, False])
 def test_on_cores_keeps_order_and_modes(three_threads, grad, cast):
