@@ -325,6 +325,9 @@ def test_samples_by_onednn_are_the_same(monkeypatch, V):
     monkeypatch.undo()
     with torch.autocast("cpu", torch.bfloat16):
         assert wide.for_onednn() is wide and wide.sample(*args)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert wide.for_onednn() is wide and wide.sample(*args)
+    monkeypatch.undo()
     assert wide.double().for_onednn() is wide and wide.sample(*args)
 
 
