@@ -9,7 +9,6 @@ B sequences, T tokens, V vocabulary, C channels, H heads, M scored tokens.
 """
 
 import argparse
-import copy
 import functools
 import json
 import math
@@ -124,7 +123,7 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), under autocast up to one constant a position."""
-        return F.linear(hidden, head_weight(self.wte.weight))
+        return project(hidden, head_weight(self.wte.weight))
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
@@ -155,7 +154,7 @@ class GPT(nn.Module):
 
         prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn
         (-1: never). temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing.
-        `rows` prompts or fewer run at once, on a CPU on each of its `cores`; `progress(n)` hears of
+        At most `rows` prompts run at once, divided among the `cores`; `progress(n)` hears of
         each n completions made. Row i's token s uses the uniform u[i, s], drawn up front from
         `seed`, so that a completion does not depend on how rows are batched, and two policies meet
         the same luck (common random numbers).
@@ -168,13 +167,12 @@ class GPT(nn.Module):
         uniforms = torch.rand(len(prompts), max_new, generator=torch.Generator().manual_seed(seed))
         device, training, done = self.wte.weight.device, self.training, []
         n, at_once = len(prompts), cores(device)
-        size = math.ceil(n / (at_once * math.ceil(n / (at_once * rows)))) if n else 1
+        size = math.ceil(n / (at_once * math.ceil(n / rows))) if n else 1
         parts = ((prompts[i : i + size], uniforms[i : i + size], eos, temperature, top_k, top_p)
                  for i in range(0, n, size))
         self.eval()
-        model = self.for_onednn()
         try:
-            for part in on_cores(device, lambda part: model._sample_rows(*part), parts):
+            for part in on_cores(device, lambda part: self._sample_rows(*part), parts):
                 done += part
                 progress(len(part))
         finally:
@@ -199,7 +197,7 @@ class GPT(nn.Module):
         live = torch.arange(len(prompts), device=device)  # the rows that still run
         alive = torch.ones_like(live, dtype=torch.bool)
         start, t = 0, min(len(p) for p in prompts)  # the shortest prompt goes in at once
-        w = packed(head_weight(self.wte.weight))
+        w = head_weight(self.wte.weight)
         while t < tokens.size(1):
             hidden = self.hidden(tokens[live, start:t], cache, start)[:, -1]
             step = t - prompt_lens[live]
@@ -219,16 +217,6 @@ class GPT(nn.Module):
                     live, cache, alive = live[alive], cache[:, :, alive], alive[alive]
         stops, lens, tokens = stops.tolist(), prompt_lens.tolist(), tokens.tolist()
         return [row[a:b] for row, a, b in zip(tokens, lens, stops)]
-
-    def for_onednn(self) -> "GPT":
-        """Where it pays, a copy with its layers packed: at GPT-2's width samples come 8 % faster."""
-        if self.config.n_embd < 512 or not onednn(self.wte.weight):
-            return self
-        model = copy.deepcopy(self)
-        for layer in (m for m in model.modules() if isinstance(m, Linear)):
-            for name, p in list(layer.named_parameters()):
-                setattr(layer, name, nn.Parameter(p.to_mkldnn(), requires_grad=False))
-        return model
 
     @classmethod
     def load(cls, path: Path, dropout: float = 0.0) -> "GPT":
@@ -312,26 +300,18 @@ def head_weight(w):
     return (w - w.mean(0)).to(torch.get_autocast_dtype(w.device.type))
 
 
-def onednn(w) -> bool:
-    """Whether products with W are a CPU's, in float32, and oneDNN, which is faster, is at hand."""
-    return w.device.type == "cpu" and w.dtype == torch.float32 and \
-        torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-
-
-def packed(w):
-    """W (V, C) as `project` takes it, a large one in oneDNN's layout where it can be, for want of
-    which a product takes 1.3 to 1.9 times as long at V = 50257. Without autograd."""
-    return w.to_mkldnn() if len(w) >= 2**14 and onednn(w) else w
-
-
 def project(h, w, bias=None):
-    """h Wᵀ + bias: h (..., C), W (V, C), which may be packed, as the bias then is -> (..., V)."""
-    if w.is_mkldnn:
+    """h Wᵀ + bias: h (..., C), W (V, C) -> (..., V). A large W is multiplied by oneDNN where a CPU
+    works in float32 and without autograd: at V = 50257 torch's own takes 1.3 to 1.9 times as long.
+    """
+    if w.device.type == "cpu" and w.numel() >= 2**19 and w.dtype == torch.float32 and not \
+            (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and \
+            torch.backends.mkldnn.is_available():
         return F.linear(h.to_mkldnn(), w, bias).to_dense()
     return F.linear(h, w, bias)
 
 
-LOGITS_BUDGET = {"cpu": 2**31, "cuda": 2**33}  # bytes in float32 that may be kept for backward
+LOGITS_BUDGET = {"cpu": 2**30, "cuda": 2**33}  # bytes that a thread may keep for backward
 BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # at work at once: a CPU's allocator is slow with more
 
 
@@ -349,10 +329,10 @@ class HeadLogps(torch.autograd.Function):
         full = torch.promote_types(h.dtype, torch.float32)
         logps = torch.empty(len(h), dtype=full, device=h.device)
         slopes = h.new_empty(len(h) if grad else 0, len(w))
-        rows, w_packed = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w))), packed(w)
+        rows = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w)))
         for i in range(0, len(h), rows):
             part = slice(i, i + rows)
-            logits, target = project(h[part], w_packed), targets[part, None]
+            logits, target = project(h[part], w), targets[part, None]
             logp = logits.log_softmax(-1, dtype=full).gather(-1, target)
             logps[part] = logp[:, 0]
             if grad:
@@ -379,7 +359,10 @@ def pad_rows(prompts, completions, fill=0):
 def cores(device) -> int:
     """Parts of a batch at work at once: on a CPU one a core, four at most, since Python itself runs
     one at a time; on a GPU one."""
-    return min(4, torch.get_num_threads()) if device.type == "cpu" else 1
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return 1
+    return max((4, 3, 2), key=lambda n: n * (threads // n))  # the fewest cores idle
 
 
 def on_cores(device, work, parts):
@@ -403,13 +386,14 @@ def on_cores(device, work, parts):
 
 @functools.cache
 def workers(n: int, threads: int) -> ThreadPoolExecutor:
-    """n threads, each with as many of torch's: kept, since new ones would have to warm up."""
+    """n of Python's threads with `threads` of torch's each: kept, as new ones have to warm up."""
     return ThreadPoolExecutor(n, "core", torch.set_num_threads, (threads,))
 
 
 def alike(lengths, device, most: int):
     """Row indices (B,) by length, in parts of `most` or fewer: on a CPU a padded position costs as
-    much as a token, and parts with padding of their own take a third less; on a GPU, one."""
+    much as a token, and four parts with padding of their own take a third less than one; parts of
+    fewer than ten lose it again. On a GPU, one."""
     parts = min(4, len(lengths) // 10) if device.type == "cpu" else 1
     return [rows for part in lengths.argsort().chunk(max(1, parts)) for rows in part.split(most)]
 

@@ -83,8 +83,11 @@ class Context:
 
     def rows(self) -> int:
         """Sequences sampled at once: what a KV cache of their length may take."""
-        length = self.s.n_ctx if self.s.groups else 9 + self.s.max_new
-        return max(1, (40_000 if self.device.type == "cpu" else 2**16) // length)
+        return max(1, 2**16 // (self.s.n_ctx if self.s.groups else 9 + self.s.max_new))
+
+    def parts(self, accum: int, dropout: float = 0.0) -> int:
+        """Micro-batches of a step: each core `accum`. Dropout's draws need one after another."""
+        return accum * (1 if dropout else cores(self.device))
 
     def policy(self, stage: str, dropout: float = 0.0) -> GPT:
         path = self.folder(stage) / "model.pt"
@@ -238,7 +241,7 @@ def sft(ctx: Context, run: Run) -> None:
         model.to(ctx.device)
     pad_to = math.gcd(64, s.n_ctx) if ctx.device.type == "cuda" else 1  # few shapes to compile
     o = Optim(s.sft_steps, s.sft_lr, s.sft_warmup, "cosine", "adamw", s.sft_decay)
-    accum = s.sft_accum * cores(ctx.device)
+    accum = ctx.parts(s.sft_accum, s.dropout)
     fit(run, "sft", model, lm_batches(tokens, "sft", s.sft_batch, accum, s, pad_to), lm_loss, o, s,
         evaluation=lambda m: dict(loss=validation_loss(ctx, m)))
     finish_policy(ctx, run, model)
@@ -261,7 +264,7 @@ def chosen(ctx: Context, run: Run) -> None:
     def batches(step: int):
         micros, n = [], 0
         picks = order[step * s.sft_batch : (step + 1) * s.sft_batch]
-        for part in np.array_split(picks, min(s.sft_accum, len(picks))):
+        for part in np.array_split(picks, min(ctx.parts(s.sft_accum, s.dropout), len(picks))):
             idx, prompt_lens, lengths = pad_rows(
                 [groups.prompt_ids[i] for i in part],
                 [groups.completion_ids[i][best[i]] for i in part])
@@ -442,9 +445,9 @@ def dpo_stage(ctx: Context, run: Run) -> None:
     name = s.loss if s.loss in OTHER_LOSSES else "dpo"
     last, some = {}, np.array(held[:HELD_OUT])
     o = Optim(s.dpo_steps, s.dpo_lr, s.dpo_warmup, s.dpo_schedule, s.dpo_optimizer, 0.0, s.clip)
-    batches = preference_batches(made, ref_logps, train, s, s.dpo_accum * cores(ctx.device))
-    fit(run, name, model, batches, preference_loss(s, weight), o, s,
-        "groups" if s.loss == "plackett-luce" else "pairs",
+    cut = replace(s, dpo_accum=ctx.parts(s.dpo_accum))
+    fit(run, name, model, preference_batches(made, ref_logps, train, cut),
+        preference_loss(s, weight), o, s, "groups" if s.loss == "plackett-luce" else "pairs",
         starts_at_reference(s, len(made.completion_ids[0])), evaluation)
     if not last:  # killed after the last step
         evaluation(model)

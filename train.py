@@ -325,7 +325,7 @@ def preference_batch(made: data_imdb.Groups, ref_logps, picks, s=Settings(), uni
                 ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
 
 
-def preference_batches(made, ref_logps, train: list[int], s: Settings, accum: int = 1):
+def preference_batches(made, ref_logps, train: list[int], s: Settings):
     """batches(step) for `fit`: s.dpo_batch groups a step, pass after pass, each reshuffled."""
     train, K = np.array(train), made.rewards.shape[1]
     name = f"dpo {s.run_seed}" if s.run_seed else "dpo"
@@ -338,7 +338,7 @@ def preference_batches(made, ref_logps, train: list[int], s: Settings, accum: in
         at = np.arange(step * s.dpo_batch, (step + 1) * s.dpo_batch)
         picks = np.array([permutation(i // len(train))[i % len(train)] for i in at.tolist()])
         micros = [preference_batch(made, ref_logps, part, s, uniforms)
-                  for part in np.array_split(picks, min(accum, len(picks)))]
+                  for part in np.array_split(picks, min(s.dpo_accum, len(picks)))]
         if s.loss == "plackett-luce":
             return micros, len(picks)
         return micros, sum(len(m["yw_idxs"]) for m in micros)
@@ -411,4 +411,8 @@ if __name__ == "__main__":
     from pipeline import main  # which imports this file, under its own name
     from runs import main_exit
 
-    sys.exit(main_exit(main))
+    code = main_exit(main)
+    if code == 130:  # Ctrl-C: a normal exit would wait for the threads at work
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -302,33 +302,33 @@ def test_sample_does_not_depend_on_batching():
 def test_sample_does_not_depend_on_cores(three_threads):
     model, args, heard = tiny(std=0.15), (PROMPTS * 8, 15, 6, 1), []
     whole = model.sample(*args, rows=5, progress=heard.append)
-    assert heard == [5] * 8, "five prompts at once on each of three cores"
+    assert heard == [2] * 20, "five prompts or fewer at once, on three cores"
     torch.set_num_threads(1)
     assert model.sample(*args) == whole
 
 
-@pytest.mark.parametrize("V", [61, 2**14 + 3])
-def test_samples_by_onednn_are_the_same(monkeypatch, V):
-    """A wide model on a CPU is sampled from a copy, with its matrices in another layout."""
-    wide = GPT(GPTConfig(**SIZE | dict(vocab_size=V, n_embd=512))).eval()
-    copies, args = [], (PROMPTS * 4, 12, -1, 0)
-    made = wide.for_onednn()
-    assert made is not wide and made.h[0].mlp.c_fc.weight.is_mkldnn
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_onednn_gives_the_same_numbers(monkeypatch):
+    """Large matrices on a CPU, in float32 and without autograd."""
+    V, calls, plain = 2**14 + 3, [], torch.Tensor.to_mkldnn
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda self: calls.append(1) or plain(self))
+    model, idx = tiny(std=0.05, dtype=torch.float32, vocab_size=V, n_embd=64), ids(4, 9, V=V)
+    mask = (torch.arange(9) > 2).expand(4, 9)
+    logps = model.token_logps(idx, mask)
+    grads = torch.autograd.grad(logps.sum(), list(model.parameters()))
+    assert len(calls) == 1, "the head alone, which needs no autograd"
+    want = plain_logps(model, idx, mask)
+    assert len(calls) == 1 and largest(logps, want) < 1e-5, "values"
+    for a, b in zip(grads, torch.autograd.grad(want.sum(), list(model.parameters()))):
+        assert largest(a, b) < 1e-4 * max(1, b.abs().max()), "gradients"
     with torch.no_grad():
-        assert largest(made.hidden(ids(3, 9)), wide.hidden(ids(3, 9))) < 1e-5
-    monkeypatch.setattr(GPT, "for_onednn", lambda self: copies.append(made) or made)
-    packed = wide.sample(*args)
-    monkeypatch.setattr(gpt, "packed", lambda w: w)
-    monkeypatch.setattr(GPT, "for_onednn", lambda self: self)
-    same = sum(a == b for a, b in zip(packed, wide.sample(*args)))
-    assert copies and same >= len(packed) - 1, "more than a draw at the edge of two tokens"
-    monkeypatch.undo()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert wide.for_onednn() is wide and wide.sample(*args)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert wide.for_onednn() is wide and wide.sample(*args)
-    monkeypatch.undo()
-    assert wide.double().for_onednn() is wide and wide.sample(*args)
+        assert largest(model(idx), model.double()(idx)) < 1e-4 and len(calls) == 2
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(idx)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        model(idx)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -346,7 +346,7 @@ def test_on_cores_keeps_order_and_modes(three_threads, grad, cast):
         dtype = torch.get_autocast_dtype("cpu")
         assert list(on_cores(device, look, range(7))) == [
             (part, grad, cast, dtype, 1) for part in range(7)]
-        assert len(set(seen)) == 3 and threading.get_ident() not in seen
+        assert len(set(seen)) > 1 and threading.get_ident() not in seen
         assert torch.get_num_threads() == 3, "the caller's own threads have changed"
         assert list(on_cores(device, look, [5])) == [(5, grad, cast, dtype, 3)], "one part: all"
         seen.clear()

@@ -11,6 +11,7 @@ from conftest import TINY, command, folder, refused
 
 import data_imdb
 import stages
+import train
 from gpt import GPT
 from presets import PRESETS, parse
 from reward import ToyReward
@@ -110,7 +111,7 @@ def test_reference_log_probs_are_those_of_the_reference(chain, ctx):
             assert stored[i, k].item() == pytest.approx(plain, abs=1e-3)
 
 
-def test_scores_do_not_depend_on_the_company(ctx):
+def test_scores_do_not_depend_on_the_company(ctx, three_threads):
     net, made = ctx.reference, ctx.groups
     prompts = [p for p in made.prompt_ids for _ in range(4)]
     flat = [c for cs in made.completion_ids for c in cs]
@@ -141,12 +142,26 @@ def test_evaluation_prompts_are_no_training_prompts(chain, copied, monkeypatch):
 
 def test_a_tenth_of_the_groups_is_never_trained_on(chain, ctx, copied, monkeypatch):
     seen, batches = [], stages.preference_batches
-    monkeypatch.setattr(stages, "preference_batches", lambda made, logps, train, *rest: (
-        seen.append(train), batches(made, logps, train, *rest))[1])
+    monkeypatch.setattr(stages, "preference_batches", lambda made, logps, train, s: (
+        seen.append(train), batches(made, logps, train, s))[1])
     out = copied("sft", "groups")
     assert command(*TINY, "--dpo-steps", 1, "--out", out, "--data", chain.data).code == 0
     train, held = split_prompts(ctx.groups.prompt_ids)
     assert seen == [train] and len(held) >= 2 and not set(train) & set(held)
+
+
+@pytest.mark.parametrize("stage, flags, parts", [
+    ("sft", "--sft-steps 1 --sft-accum 2 --dropout 0", 6), ("sft", "--sft-steps 1", 1),
+    ("dpo", "--dpo-steps 1", 3)], ids=["sft", "dropout", "dpo"])
+def test_every_core_has_micro_batches(chain, copied, monkeypatch, three_threads, stage, flags, parts):
+    """Not under dropout, which draws for one after another."""
+    seen, backward = set(), train.backward
+    monkeypatch.setattr(train, "backward", lambda model, micros, *rest: (
+        seen.add(len(micros)), backward(model, micros, *rest))[1])
+    out = copied("sft", "groups") if stage == "dpo" else copied()
+    result = command(*TINY, "--threads", 3, "--stage", stage, *flags.split(), "--out", out,
+                     "--data", chain.data)
+    assert result.code == 0 and seen == {parts}, result.err
 
 
 def test_the_reference_is_a_point_at_no_distance_from_itself(chain):

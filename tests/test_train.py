@@ -73,7 +73,7 @@ def job(kind, net, s=S, weight="sigmoid", noise=0.0, made=None):
     logps = ref_logps(net, made, s)
     logps = logps + noise * torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
     unit = "groups" if s.loss == "plackett-luce" else "pairs"
-    return (preference_batches(made, logps, list(range(len(made.rewards))), s, s.dpo_accum),
+    return (preference_batches(made, logps, list(range(len(made.rewards))), s),
             preference_loss(s, dpo.load_weight(weight)), unit)
 
 
@@ -608,7 +608,7 @@ def test_a_pass_has_every_group_once():
         assert torch.equal(batches(step)[0][0]["idx"], again(step)[0][0]["idx"])
     micros, n = preference_batches(made, logps, train_on, replace(S, loss="plackett-luce"))(0)
     assert n == 7, "a ranking is one term"
-    assert len(preference_batches(made, logps, train_on, S, 9)(0)[0]) == 7
+    assert len(preference_batches(made, logps, train_on, replace(S, dpo_accum=9))(0)[0]) == 7
 
 
 def test_a_preference_batch_has_every_completion_once_and_every_pair():
