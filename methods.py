@@ -44,9 +44,12 @@ def rm(ctx: Context, run: Run) -> None:
     def batches(step: int):
         order = np.random.default_rng(draw_seed(s.seed, "rm", step // steps)).permutation(train)
         picks = order[step % steps * s.rm_batch :][: s.rm_batch]
-        idx, _, lengths = pad_rows(*completions_of(made, picks))
-        yw_idxs, yl_idxs, _ = dpo.preference_pairs(torch.from_numpy(made.rewards[picks]))
-        return [dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)], len(yw_idxs)
+        micros = []
+        for part in np.array_split(picks, min(ctx.parts(1), len(picks))):
+            idx, _, lengths = pad_rows(*completions_of(made, part))
+            yw_idxs, yl_idxs, _ = dpo.preference_pairs(torch.from_numpy(made.rewards[part]))
+            micros.append(dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs))
+        return micros, sum(len(micro["yw_idxs"]) for micro in micros)
 
     def loss(model, micro):
         lengths = micro["lengths"]

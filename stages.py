@@ -83,7 +83,8 @@ class Context:
 
     def rows(self) -> int:
         """Sequences sampled at once: what a KV cache of their length may take."""
-        return max(1, 2**16 // (self.s.n_ctx if self.s.groups else 9 + self.s.max_new))
+        length = self.s.n_ctx if self.s.groups else 9 + self.s.max_new
+        return max(1, (80_000 if self.device.type == "cpu" else 2**16) // length)
 
     def parts(self, accum: int, dropout: float = 0.0) -> int:
         """Micro-batches of a step: each core `accum`. Dropout's draws need one after another."""
