@@ -40,7 +40,7 @@ class Settings:
     # ---- sft: reviews -> π_ref
     sft_steps: int = opt("sft", 900, "optimizer steps", low=1)
     sft_batch: int = opt("sft", 32, "windows a step", low=1)
-    sft_accum: int = opt("run", 1, "micro-batches a step: same result, less memory", low=1)
+    sft_accum: int = opt("run", 1, "micro-batches a step, on a CPU each core's: less memory", low=1)
     sft_lr: float = opt("sft", 1.2e-2, "peak; tiny models want ten times GPT-2's")
     sft_warmup: int = opt("sft", 40, "steps of linear warm-up")
     sft_decay: float = opt("sft", 0.01, "weight decay of matrices")
@@ -82,7 +82,7 @@ class Settings:
     label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*")
     alpha: float = opt("dpo", 0.5, "of --stage unlikelihood (C.3)")
     dpo_batch: int = opt("dpo", 11, "groups a step, of 6 pairs: the paper's 64", low=1)
-    dpo_accum: int = opt("run", 1, "micro-batches a step: same result, less memory", low=1)
+    dpo_accum: int = opt("run", 1, "micro-batches a step, on a CPU each core's: less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
     dpo_schedule: str = opt("dpo", "linear", "after the warm-up", ("constant", "linear", "cosine"))
     dpo_lr: float = opt("dpo", 7e-4, "peak; the paper's is 1e-6 at 774M parameters")
