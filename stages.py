@@ -192,7 +192,7 @@ def score(ctx: Context, model: GPT, prompts, completions) -> torch.Tensor:
         return dpo.completion_logps(logps, prompt_lens, ends).cpu()
 
     # alike in length: least padding; fewer than are sampled: all of their tokens are at work
-    parts = lengths.argsort().split(max(1, ctx.rows() // 4))
+    parts = lengths.argsort().split(max(1, ctx.rows() // (4 * cores(ctx.device))))
     for part, values in zip(parts, on_cores(ctx.device, logps, parts)):
         out[part] = values
     return out

@@ -334,7 +334,7 @@ def test_onednn_gives_the_same_numbers(monkeypatch):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("cast", [True, False])
 def test_on_cores_keeps_order_and_modes(three_threads, grad, cast):
-    """A thread begins with autograd on, autocast off and as many threads of its own as the first."""
+    """A thread begins with autograd on, autocast off and all of torch's threads for itself."""
     def look(part):
         time.sleep(0.01 * (3 - part % 3))  # the last is done first
         seen.append(threading.get_ident())

@@ -153,7 +153,8 @@ def test_a_tenth_of_the_groups_is_never_trained_on(chain, ctx, copied, monkeypat
 @pytest.mark.parametrize("stage, flags, parts", [
     ("sft", "--sft-steps 1 --sft-accum 2 --dropout 0", 6), ("sft", "--sft-steps 1", 1),
     ("dpo", "--dpo-steps 1", 3)], ids=["sft", "dropout", "dpo"])
-def test_every_core_has_micro_batches(chain, copied, monkeypatch, three_threads, stage, flags, parts):
+def test_every_core_has_micro_batches(chain, copied, monkeypatch, three_threads, stage, flags,
+                                      parts):
     """Not under dropout, which draws for one after another."""
     seen, backward = set(), train.backward
     monkeypatch.setattr(train, "backward", lambda model, micros, *rest: (
