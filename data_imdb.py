@@ -29,8 +29,8 @@ import numpy as np
 import regex
 import tiktoken
 
-import toy_reviews
-from runs import UserError, file_hash, json_hash, main_exit, os_errors, write_whole
+from support import toy_reviews
+from support.runs import UserError, file_hash, json_hash, main_exit, os_errors, write_whole
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "unsup", "valid", "test")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dpo
-from runs import os_errors, write_whole
+from support.runs import os_errors, write_whole
 
 Row = tuple[str, str, float, float | None]  # equation, claim, residual, tolerance (None: no claim)
 BETAS = 0.1, 0.5, 1.0, 5.0

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runs import UserError, main_exit
+from support.runs import UserError, main_exit
 
 WeightFn = Callable[[Tensor, float], Tensor]  # (margin (N,), beta) -> (N,)
 

@@ -25,9 +25,9 @@ import plot_frontier
 import points
 from evaluate import in_order, standard_error, unbiased
 from methods import best_of_kl, expected_best, learned_reward
-from presets import Settings
-from runs import Run, UserError, load_tensors, read_json, read_rows
 from stages import Context, save_json
+from support.runs import Run, UserError, load_tensors, read_json, read_rows
+from support.settings import Settings
 from train import STOP, Diverged, Interrupted, autocast, draw_seed
 
 DIAL = (5, 10, 20, 50)  # s/β, which alone decides where sampled and soft labels lead

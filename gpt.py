@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from runs import UserError, load_tensors, main_exit, os_errors, write_whole
+from support.runs import UserError, load_tensors, main_exit, os_errors, write_whole
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import dpo
 import plot_frontier
 from evaluate import correlation, rank_correlation
 from gpt import pad_rows
-from presets import Settings
-from runs import Run, read_json, read_rows, write_whole
 from stages import HELD_OUT, Context, completions_of, held_out_measures, score
+from support.runs import Run, read_json, read_rows, write_whole
+from support.settings import Settings
 from train import autocast
 
 # ------------------------------------------------------------------------------ inspect

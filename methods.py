@@ -20,11 +20,19 @@ from evaluate import in_order, rank_correlation
 from gpt import GPT, by_length, pad_rows
 from ppo import PPO, PPOConfig
 from reward import ModelReward, RewardModel
-from runs import Run, load_tensors, read_json, save_tensors
-from stages import (Context, completions_of, finish_method, finish_policy, judged, sample_all,
-                    save_json, without_texts, write_samples)
-from train import (STOP, Diverged, Interrupted, Optim, autocast, diverged, draw_seed, fit,
-                   restoring)
+from stages import (
+    Context,
+    completions_of,
+    finish_method,
+    finish_policy,
+    judged,
+    sample_all,
+    save_json,
+    without_texts,
+    write_samples,
+)
+from support.runs import Run, load_tensors, read_json, save_tensors
+from train import STOP, Diverged, Interrupted, Optim, autocast, diverged, draw_seed, fit, restoring
 
 # ------------------------------------------------------------------------------ r_φ
 

@@ -31,9 +31,9 @@ import frontier
 import lessons
 import methods
 import stages
-from presets import Settings, belonging, check, parse
-from runs import Run, UserError, file_hash
 from stages import OTHER_LOSSES, SETTINGS_OF, Context, report_method
+from support.runs import Run, UserError, file_hash
+from support.settings import Settings, belonging, check, parse
 from train import STOP, Interrupted
 
 

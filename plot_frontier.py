@@ -17,9 +17,20 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: files, never windows
 
-from points import (about, envelope, knob, read_points, reference, scale, seed_means,
-                    series, table, table_text, trusted)
-from runs import UserError, main_exit, os_errors, read_json, read_rows, write_whole
+from points import (
+    about,
+    envelope,
+    knob,
+    read_points,
+    reference,
+    scale,
+    seed_means,
+    series,
+    table,
+    table_text,
+    trusted,
+)
+from support.runs import UserError, main_exit, os_errors, read_json, read_rows, write_whole
 
 SERIES = {  # name, colour, marker, line; the colours differ in lightness too, for print in grey
     "dpo": ("DPO", "#00205c", "o", "-"),

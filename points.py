@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runs import UserError, os_errors
+from support.runs import UserError, os_errors
 
 KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
         "kl_mc_se length eos distinct2 repetition grammatical ref_ppl reward_learned win ess "

@@ -16,8 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, pad_rows
-from runs import UserError, load_tensors
-from toy_reviews import grammatical, sentiment
+from support.runs import UserError, load_tensors
+from support.toy_reviews import grammatical, sentiment
 
 
 def texts(enc, prompts, completions) -> list[str]:

@@ -24,13 +24,31 @@ import dpo
 import plot_frontier
 from evaluate import evaluate, in_order, optimal_reward, unbiased
 from gpt import GPT, GPTConfig, cores, on_cores, pad_rows
-from presets import BASE, PRESETS, Settings, suffix
-from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy,
-                    label_batches, label_loss)
-from runs import Run, UserError, load_tensors, read_json, write_whole
-from train import (STOP, Interrupted, Optim, autocast, draw_seed, fit, lm_batches, lm_loss,
-                   preference_batches, preference_loss, restoring, starts_at_reference)
-
+from reward import (
+    ModelReward,
+    RewardModel,
+    SiebertReward,
+    ToyReward,
+    accuracy,
+    label_batches,
+    label_loss,
+)
+from support.runs import Run, UserError, load_tensors, read_json, write_whole
+from support.settings import BASE, PRESETS, Settings, suffix
+from train import (
+    STOP,
+    Interrupted,
+    Optim,
+    autocast,
+    draw_seed,
+    fit,
+    lm_batches,
+    lm_loss,
+    preference_batches,
+    preference_loss,
+    restoring,
+    starts_at_reference,
+)
 
 # ------------------------------------------------------------------------------ what they share
 

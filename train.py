@@ -3,7 +3,7 @@
     python train.py --stage dpo        builds what it needs (SFT, r*, preference groups), then DPO
 
 One loop, `fit`, serves every stage that minimises a loss; a stage hands it batches and a loss.
-The equations live in dpo.py, the settings in presets.py, the stages that call `fit` in stages.py,
+The equations live in dpo.py, the settings in support/settings.py, the stages that call `fit` in stages.py,
 their order in pipeline.py.
 
 B sequences, T tokens, G groups, K completions a prompt, N pairs.
@@ -31,8 +31,8 @@ import data_imdb  # noqa: E402
 import dpo  # noqa: E402
 from evaluate import in_order  # noqa: E402
 from gpt import by_length, on_cores, pad_rows  # noqa: E402
-from presets import Settings  # noqa: E402
-from runs import Run, UserError  # noqa: E402
+from support.runs import Run, UserError  # noqa: E402
+from support.settings import Settings  # noqa: E402
 
 
 class Interrupted(Exception):
@@ -409,7 +409,7 @@ def starts_at_reference(s: Settings, K: int):
 
 if __name__ == "__main__":
     from pipeline import main  # which imports this file, under its own name
-    from runs import main_exit
+    from support.runs import main_exit
 
     code = main_exit(main)
     if code == 130:  # Ctrl-C: a normal exit would wait for the threads at work

@@ -1,6 +1,5 @@
 """Checks of exercise 06: a constant weight, a prediction committed, then the measurement."""
 
-import torch
 from ex06_swap_the_weight import ALSO, QUANTITIES, QUESTION, measured
 from grading import committed, near, normal, same_shape, two_sentences
 

@@ -76,7 +76,7 @@ def our_dpo(policy, reference, groups, beta: float, lr: float):
 
     import dpo
     import train
-    from presets import Settings
+    from support.settings import Settings
 
     picks, K = list(range(len(groups.prompt_ids))), len(groups.completion_ids[0])
     batch = train.preference_batch(groups, torch.zeros(len(picks), K), picks)
@@ -105,7 +105,8 @@ def their_dpo(policy, reference, groups, beta: float, lr: float, n: int, folder:
     """n steps of DPOTrainer, with turn() after each: the losses, and the seconds between turns."""
     import torch
     from datasets import Dataset
-    from tokenizers import Tokenizer, models as tokenizer_models
+    from tokenizers import Tokenizer
+    from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 

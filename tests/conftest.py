@@ -14,7 +14,7 @@ import torch
 
 import pipeline
 import plot_frontier
-from runs import main_exit
+from support.runs import main_exit
 from train import STOP
 
 torch.set_num_threads(1)  # bit-for-bit, and a forked child must not miss its threads

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import derivations
 import dpo
 from gpt import GPT, GPTConfig, pad_rows
-from runs import UserError, main_exit
+from support.runs import UserError, main_exit
 
 ROOT = Path(dpo.__file__).parent
 SOURCE = Path(dpo.__file__).read_text(encoding="utf-8")

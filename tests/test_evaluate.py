@@ -8,8 +8,16 @@ import pytest
 import torch
 
 import evaluate as module
-from evaluate import (correlation, distinct2, evaluate, optimal_frontier, optimal_reward,
-                      repetition, sequence_kl, standard_error)
+from evaluate import (
+    correlation,
+    distinct2,
+    evaluate,
+    optimal_frontier,
+    optimal_reward,
+    repetition,
+    sequence_kl,
+    standard_error,
+)
 from gpt import GPT, GPTConfig, pad_rows
 
 V, EOS, MAX_NEW = 4, 3, 3

@@ -16,7 +16,7 @@ import torch
 
 import dpo
 from pipeline import STAGES
-from presets import parse
+from support.settings import parse
 
 ROOT = Path(dpo.__file__).parent
 HERE = ROOT / "exercises"

@@ -14,13 +14,13 @@ from conftest import TINY, command, folder, in_child, refused
 import frontier
 import pipeline
 import points
-from frontier import candidates, finals, methods_of, rate_table
 from evaluate import optimal_frontier, unbiased
+from frontier import candidates, finals, methods_of, rate_table
 from methods import best_of_kl
-from presets import IMDB, TOY, parse
 from pipeline import STAGES
-from runs import UserError
 from stages import Context
+from support.runs import UserError
+from support.settings import IMDB, TOY, parse
 from train import STOP, Diverged, Interrupted
 
 FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",

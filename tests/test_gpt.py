@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import data_imdb
 import gpt
 from gpt import GPT, GPTConfig, HeadLogps, draw, on_cores, pad_rows
-from runs import UserError, main_exit, save_tensors
+from support.runs import UserError, main_exit, save_tensors
 
 SIZE = dict(vocab_size=61, n_ctx=24, n_layer=2, n_head=2, n_embd=16)
 

@@ -8,7 +8,7 @@ from conftest import TINY, command, folder
 
 import lessons
 from evaluate import rank_correlation
-from presets import PRESETS
+from support.settings import PRESETS
 
 
 def test_sec4_inspect_shows_each_pair_and_its_weight(chain, copied):

@@ -15,11 +15,11 @@ import methods
 import train
 from evaluate import standard_error
 from methods import best_of_kl, expected_best
-from presets import TOY, Settings, parse
 from pipeline import STAGES
 from reward import ModelReward, RewardModel
-from runs import load_tensors
 from stages import Context, completions_of, split_prompts
+from support.runs import load_tensors
+from support.settings import TOY, Settings, parse
 
 
 @pytest.fixture(scope="module")

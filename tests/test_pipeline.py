@@ -24,11 +24,10 @@ import data_imdb
 import dpo
 import pipeline
 import plot_frontier
-import runs
 import stages
-import toy_reviews
 from gpt import GPT, GPTConfig
-from runs import Run, file_hash, load_tensors
+from support import runs, toy_reviews
+from support.runs import Run, file_hash, load_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 ROOT = Path(pipeline.__file__).parent

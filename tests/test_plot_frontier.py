@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from test_points import GRID, START, P, best_reward, frontier_point, run_of, world, write_points
 
 import plot_frontier
 from plot_frontier import draw_frontier, smooth, training_curves
 from points import envelope
-from runs import UserError, main_exit, read_rows
-from test_points import GRID, START, P, best_reward, frontier_point, run_of, world, write_points
+from support.runs import UserError, main_exit, read_rows
 
 
 def step_row(i: int, n: int) -> dict:

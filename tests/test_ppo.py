@@ -9,8 +9,7 @@ import torch
 
 import dpo
 from gpt import GPT, GPTConfig, pad_rows
-from ppo import (PPO, PPOConfig, ValueModel, clipped_objective, gae, next_beta, token_rewards,
-                 whiten)
+from ppo import PPO, PPOConfig, ValueModel, clipped_objective, gae, next_beta, token_rewards, whiten
 
 EOS = 3
 PROMPTS = [[0], [1, 2], [2, 1, 0]] * 8

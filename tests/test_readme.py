@@ -14,8 +14,8 @@ import pytest
 
 import dpo
 import pipeline
-import presets
-from presets import parse
+from support import settings as presets
+from support.settings import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,11 +57,12 @@ def test_every_equation_of_dpo_is_on_the_map():
 
 
 def test_every_file_of_the_project_is_on_the_file_map():
-    listed = set(re.findall(r"`(\w+\.py)`", README))
-    files = {path.name for path in ROOT.glob("*.py")}
+    listed = set(re.findall(r"`([\w/]+\.py)`", README))
+    files = {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "support")
+             for path in folder.glob("*.py") if path.name != "__init__.py"}
     assert files <= listed, f"not in README: {files - listed}"
     for name in listed - files:
-        assert (ROOT / "tests" / name).exists(), f"README names {name}, which does not exist"
+        assert (ROOT / name).exists(), f"README names {name}, which does not exist"
 
 
 def test_every_preset_and_stage_is_named():

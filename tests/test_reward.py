@@ -9,12 +9,22 @@ import pytest
 import torch
 
 import data_imdb
-import toy_reviews
 from dpo import preference_pairs, reward_model_loss
 from gpt import GPT, GPTConfig, pad_rows
-from reward import (RewardModel, ModelReward, SiebertReward, ToyReward, accuracy, crop, cut,
-                    label_batch, label_batches, label_loss)
-from runs import UserError, save_tensors
+from reward import (
+    ModelReward,
+    RewardModel,
+    SiebertReward,
+    ToyReward,
+    accuracy,
+    crop,
+    cut,
+    label_batch,
+    label_batches,
+    label_loss,
+)
+from support import toy_reviews
+from support.runs import UserError, save_tensors
 
 CONFIG = GPTConfig(vocab_size=20, n_ctx=16, n_layer=2, n_head=2, n_embd=16)
 EOS = 19

@@ -1,4 +1,4 @@
-"""Laws of runs.py: a kill loses nothing, a folder keeps one identity, one process works in it."""
+"""Laws of support/runs.py: a kill loses nothing, a folder keeps one identity, one process works in it."""
 
 import errno
 import json
@@ -16,12 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import runs
-from runs import Run, UserError, file_hash, json_hash, load_tensors, save_tensors, write_whole
+from support import runs
+from support.runs import (
+    Run,
+    UserError,
+    file_hash,
+    json_hash,
+    load_tensors,
+    save_tensors,
+    write_whole,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 SETTINGS, PARENTS = {"beta": 0.1, "layers": (2, 3)}, {"sft": "aaaa"}
-ROOT = Path(runs.__file__).parent
+ROOT = Path(runs.__file__).parents[1]
 
 
 def fork(work):
@@ -411,6 +419,6 @@ def test_main_exit(capsys):
 
 
 def test_importing_runs_does_not_import_torch():
-    code = "import sys, runs; sys.exit('torch' in sys.modules)"
+    code = "import sys, support.runs; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == 0, "plot_frontier.py must run where torch is not installed"

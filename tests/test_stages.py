@@ -13,12 +13,20 @@ import data_imdb
 import stages
 import train
 from gpt import GPT
-from presets import PRESETS, parse
-from reward import ToyReward
-from runs import UserError, file_hash, load_tensors
-from stages import (Context, completions_of, gather_groups, held_out_measures, lm_tokens, score,
-                    split_prompts, validation_loss)
 from pipeline import STAGES
+from reward import ToyReward
+from stages import (
+    Context,
+    completions_of,
+    gather_groups,
+    held_out_measures,
+    lm_tokens,
+    score,
+    split_prompts,
+    validation_loss,
+)
+from support.runs import UserError, file_hash, load_tensors
+from support.settings import PRESETS, parse
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-import toy_reviews as toy
-from toy_reviews import INTENSIFIED, LESSER, LEXICON, NEGATED, grammatical, score, sentiment
+import support.toy_reviews as toy
+from support.toy_reviews import INTENSIFIED, LESSER, LEXICON, NEGATED, grammatical, score, sentiment
 
 GOOD, BAD = LEXICON["witty"], LEXICON["dull"]     # an adjective of each pool
 SUPERB = LEXICON["superb"]

@@ -14,11 +14,24 @@ import dpo
 import train
 from data_imdb import Groups, Tokens
 from gpt import GPT, GPTConfig, pad_rows
-from presets import Settings
-from runs import Run, UserError
-from train import (STOP, Interrupted, Optim, draw_seed, fit, learning_rate, lm_batches, lm_loss,
-                   lm_plan, preference_batch, preference_batches, preference_loss,
-                   starts_at_reference, summary)
+from support.runs import Run, UserError
+from support.settings import Settings
+from train import (
+    STOP,
+    Interrupted,
+    Optim,
+    draw_seed,
+    fit,
+    learning_rate,
+    lm_batches,
+    lm_loss,
+    lm_plan,
+    preference_batch,
+    preference_batches,
+    preference_loss,
+    starts_at_reference,
+    summary,
+)
 
 V, N_CTX, EOT = 20, 24, 19
 S = replace(Settings(), precision="fp32", n_ctx=N_CTX, save_secs=math.inf, dpo_batch=7, beta=0.5)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from dataclasses import dataclass, field, fields, replace
 
-from runs import UserError, json_hash
+from support.runs import UserError, json_hash
 
 
 def opt(group, default, help, choices=None, low=0):

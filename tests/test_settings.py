@@ -1,4 +1,4 @@
-"""Laws of presets.py: every setting a flag, each in one group, every bad value one sentence."""
+"""Laws of support/settings.py: every setting a flag, each in one group, every bad value one sentence."""
 
 import re
 from dataclasses import FrozenInstanceError, fields, replace
@@ -7,11 +7,10 @@ import pytest
 from conftest import command, refused
 
 import pipeline
-from pipeline import STAGES
-from presets import GROUPS, PRESETS, TOY, Settings, belonging, check, parse, suffix
-from runs import UserError
-from pipeline import parents
+from pipeline import STAGES, parents
 from stages import SETTINGS_OF
+from support.runs import UserError
+from support.settings import GROUPS, PRESETS, TOY, Settings, belonging, check, parse, suffix
 
 
 def group(f) -> str:
