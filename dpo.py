@@ -1,26 +1,24 @@
-"""The paper's equations as pure functions of log-probs and rewards, in the paper's order.
+"""Sections 3 and 4 of the paper: its equations as functions of log-probs and rewards.
 
     Section 3  Eq. 1 preference_probability, Eq. 2 reward_model_loss, Eq. 3 objective
     Section 4  Eq. 4 optimal_policy, Eq. 5 implicit_reward, Eq. 6 policy_preference, Eq. 7 dpo_loss,
-               its gradient dpo_gradient; other weights: WEIGHTS, weighted_loss, inspect_pairs
-    Section 5  Definition 1 class_gap, Lemma 1 preference_gap, Lemma 2 optimum_gap,
-               Theorem 1 class_member, Eq. 8 project_reward, Eq. 9 normaliser,
-               Proposition 1 uniqueness_gap, Eq. 10 soft_advantage
+               its gradient dpo_gradient; other losses by their weight: WEIGHTS, weighted_loss
     Appendix   Eq. 18 ranking_logps, A.3 plackett_luce_loss, C.3 unlikelihood_loss,
                Preferred-FT preferred_ft_loss
 
-`python dpo.py` solves small worlds by enumeration and prints each equation with its residual.
-Knows no model and no text. Log-probs and KL in nats; r̂ = β log π_θ/π_ref; m = r̂(y_w) - r̂(y_l).
+`python dpo.py` checks them on worlds so small that every completion is enumerated, and prints one
+row per claim. `python -m experiments.theory` checks Section 5 and A.3. This file knows no model
+and no text.
 
-B completions of a batch, T tokens, P prompts, G groups, K completions a prompt, N pairs.
+B sequences, T tokens, P prompts, G groups, K completions per prompt, N pairs. Log-probs and KL are
+in nats. r̂ = β log π_θ/π_ref is the implicit reward, m = r̂(y_w) - r̂(y_l) the margin of a pair.
 """
 
-import importlib.util
-import inspect
+import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,8 +35,8 @@ WeightFn = Callable[[Tensor, float], Tensor]  # (margin (N,), beta) -> (N,)
 def completion_mask(prompt_lens: Tensor, lengths: Tensor, T: int) -> Tensor:
     """The tokens of y: (B,) and (B,) -> (B, T) bool, true where prompt_len <= t < length.
 
-    `lengths` count prompt and completion. By position, not by value: padding may be the EOS
-    token, and the EOS that ends y belongs to y.
+    A length counts prompt and completion. The mask goes by position and not by token, because
+    padding may be the EOS token, and the EOS that ends y belongs to y.
     """
     t = torch.arange(T, device=lengths.device)
     return (t >= prompt_lens[:, None]) & (t < lengths[:, None])
@@ -47,45 +45,55 @@ def completion_mask(prompt_lens: Tensor, lengths: Tensor, T: int) -> Tensor:
 def completion_logps(token_logps: Tensor, prompt_lens: Tensor, lengths: Tensor) -> Tensor:
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) in nats: (B, T) -> (B,), in float32 or wider.
 
-    A sum, EOS included: a mean over tokens would be another loss than Eq. 7. token_logps[b, t] is
-    the log-prob of token t given those before it.
+    token_logps[b, t] is the log-prob of token t given the tokens before it. The result is a sum,
+    with the EOS in it. A mean over tokens would make Eq. 7 another loss.
     """
     mask = completion_mask(prompt_lens, lengths, token_logps.size(1))
     dtype = torch.promote_types(token_logps.dtype, torch.float32)
     return token_logps.masked_fill(~mask, 0).sum(-1, dtype=dtype)
 
 
-def preference_pairs(rewards: Tensor) -> tuple[Tensor, Tensor, int]:
-    """All ordered pairs inside each group: rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), ties.
-
-    The indices are into the flattened G*K completions. A tie has no winner: dropped and counted.
-    UserError for K = 1 and for a reward that is not finite.
-    """
-    G, K = rewards.shape
-    if K < 2:
-        raise UserError(f"a preference needs two completions of a prompt, got K = {K}")
-    if not rewards.isfinite().all():
-        raise UserError("a reward is not finite and has no place in an order: check the groups")
-    g, w, l = (rewards[:, :, None] > rewards[:, None, :]).nonzero(as_tuple=True)
-    return g * K + w, g * K + l, G * K * (K - 1) // 2 - len(g)
-
-
 def kl_divergence(logp: Tensor, logq: Tensor, dim: int = -1) -> Tensor:
-    """KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v)) in nats, over `dim`; 0 where p(v) = 0."""
+    """KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v)) in nats, over `dim`; a term with p(v) = 0 is 0."""
     p = logp.exp()
     return (p * torch.where(p > 0, logp - logq, 0)).sum(dim)
 
 
+def all_pairs(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Every unordered pair inside each group once: rewards (G, K) -> (N,), (N,), N = G K(K-1)/2.
+
+    These are indices into the flattened G*K completions, as in every function on pairs here.
+    """
+    G, K = rewards.shape
+    pairs = torch.triu_indices(K, K, 1, device=rewards.device)[:, None]  # (2, 1, K(K-1)/2)
+    return (pairs + K * torch.arange(G, device=rewards.device)[:, None]).flatten(1).unbind()
+
+
+def preference_pairs(rewards: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The ordered pairs inside each group: rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), ties.
+
+    Two equal rewards have no winner: that pair is dropped and counted in ties. UserError for
+    K = 1 and for a reward that is not finite.
+    """
+    G, K = rewards.shape
+    if K < 2:
+        raise UserError(f"a preference needs two completions per prompt, got K = {K}")
+    if not rewards.isfinite().all():
+        raise UserError("a reward is not finite, so no order is known: check the groups' rewards")
+    g, w, l = (rewards[:, :, None] > rewards[:, None, :]).nonzero(as_tuple=True)
+    return g * K + w, g * K + l, G * K * (K - 1) // 2 - len(g)
+
+
 def margins(rewards: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
-    """m = r(x,y_w) - r(x,y_l): rewards (B,) -> (N,). UserError without a pair."""
+    """m = r(x,y_w) - r(x,y_l): rewards (B,) -> (N,). UserError if there is no pair."""
     need_pairs(yw_idxs, yl_idxs)
     return rewards[yw_idxs] - rewards[yl_idxs]
 
 
 def need_pairs(yw_idxs: Tensor, yl_idxs: Tensor) -> None:
     if len(yw_idxs) != len(yl_idxs) or len(yw_idxs) == 0:
-        raise UserError(f"got {len(yw_idxs)} winners and {len(yl_idxs)} losers, wanted one pair or "
-                        "more: are all rewards within each group equal?")
+        raise UserError(f"got {len(yw_idxs)} chosen and {len(yl_idxs)} rejected completions, "
+                        "wanted one pair or more: are all rewards within each group equal?")
 
 
 # ------------------------------------------------------------------------------ Section 3
@@ -94,15 +102,37 @@ def need_pairs(yw_idxs: Tensor, yl_idxs: Tensor) -> None:
 def preference_probability(r1: Tensor, r2: Tensor) -> Tensor:
     """Eq. 1 · p*(y₁ ≻ y₂ | x) = exp r*(x,y₁) / (exp r*(x,y₁) + exp r*(x,y₂)).
 
-    Any equal shapes. It is σ(r₁ - r₂), and computed so: exp overflows, σ does not.
+    Two tensors of one shape -> that shape. It is computed as σ(r₁ - r₂), which does not overflow.
     """
     return torch.sigmoid(r1 - r2)
+
+
+def label_pairs(rewards: Tensor, labels: str, scale: float,
+                uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels from true rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), and p(y_w ≻ y_l) (N,).
+
+    labels is one of
+      hard     the higher reward wins, with p = 1; ties are dropped
+      sampled  the winner is drawn from Eq. 1 with rewards scale·r, with p = 1;
+               uniforms (G, K(K-1)/2) in [0, 1) hold the draw of each pair
+      soft     the higher reward is y_w, with p from Eq. 1; a tie has p = 1/2
+    """
+    if labels == "hard":
+        yw_idxs, yl_idxs, _ = preference_pairs(rewards)
+        return yw_idxs, yl_idxs, rewards.new_ones(len(yw_idxs))
+    first, second = all_pairs(rewards)
+    r = scale * rewards.flatten()
+    p = preference_probability(r[first], r[second])
+    lost = uniforms.flatten() >= p if labels == "sampled" else p < 0.5
+    yw_idxs, yl_idxs = torch.where(lost, second, first), torch.where(lost, first, second)
+    return yw_idxs, yl_idxs, torch.ones_like(p) if labels == "sampled" else p.maximum(1 - p)
 
 
 def reward_model_loss(rewards: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
     """Eq. 2 · L_R(r_φ) = -E log σ(r_φ(x,y_w) - r_φ(x,y_l)).
 
-    rewards (B,) -> (N,), one loss a pair. It sees differences only: r_φ is free up to f(x).
+    rewards (B,) -> (N,), one loss per pair. Only differences within a prompt appear, so r_φ is
+    determined up to a function f(x) of the prompt.
     """
     return -F.logsigmoid(margins(rewards, yw_idxs, yl_idxs))
 
@@ -110,7 +140,8 @@ def reward_model_loss(rewards: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tens
 def objective(logp: Tensor, ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Eq. 3 · max_π E_{y~π} r(x,y) - β KL(π(y|x) ‖ π_ref(y|x)).
 
-    Every y enumerated: three (..., K) -> (...). By A.1 it equals β log Z(x) - β KL(π ‖ π_r).
+    Three (..., K), with every y of a prompt enumerated -> (...). By A.1 its value is
+    β log Z(x) - β KL(π ‖ π_r), with Z and π_r of Eq. 4.
     """
     return (logp.exp() * rewards).sum(-1) - beta * kl_divergence(logp, ref_logp)
 
@@ -126,7 +157,8 @@ def log_partition(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
 def optimal_policy(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Eq. 4 · π_r(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x).
 
-    Two (..., K) -> log π_r (..., K). Z sums over every y: hence nobody computes π_r for text.
+    Two (..., K) -> log π_r (..., K). Z(x) is a sum over every y. For text there are too many, so
+    π_r cannot be computed.
     """
     return ref_logp + rewards / beta - log_partition(ref_logp, rewards, beta)[..., None]
 
@@ -135,7 +167,8 @@ def implicit_reward(pi_logps: Tensor, ref_logps: Tensor, beta: float,
                     log_z: float | Tensor = 0.0) -> Tensor:
     """Eq. 5 · r(x,y) = β log π_r(y|x)/π_ref(y|x) + β log Z(x).
 
-    Any equal shapes. Without log_z it is r̂, the same up to an f(x). UserError unless β > 0.
+    Tensors of one shape -> that shape. Without log_z the result is r̂, which differs from r by a
+    function of x alone. UserError unless β > 0, and when the two shapes differ.
     """
     if not beta > 0:
         raise UserError(f"beta must be positive, got {beta}: the paper's is --beta 0.1")
@@ -149,7 +182,8 @@ def policy_preference(pi_logps: Tensor, ref_logps: Tensor, y1_idxs: Tensor, y2_i
                       beta: float) -> Tensor:
     """Eq. 6 · p*(y₁ ≻ y₂|x) = 1 / (1 + exp(β log π*(y₂)/π_ref(y₂) - β log π*(y₁)/π_ref(y₁))).
 
-    (B,), (B,), (N,), (N,) -> (N,). Eq. 1 with Eq. 5 put in: Z(x) is in both terms and cancels.
+    Log-probs (B,), indices (N,) -> (N,). It is Eq. 1 with r from Eq. 5: β log Z(x) is in both
+    rewards, and cancels in their difference.
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
     return preference_probability(rewards[y1_idxs], rewards[y2_idxs])
@@ -159,9 +193,9 @@ def dpo_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tens
              beta: float) -> tuple[Tensor, Tensor]:
     """Eq. 7 · L = -log σ(β h(y_w) - β h(y_l)),  h(y) = log π_θ(y|x) - log π_ref(y|x).
 
-    Appendix B's signature: log-probs (B,), one a completion; index vectors (N,) name each pair's
-    members. Returns losses (N,) and the detached r̂ = β h (B,). Every completion is scored once,
-    however many pairs it is in. At π_θ = π_ref every loss is log 2, whatever the data.
+    The signature of Appendix B: log-probs (B,), one per completion, and for each pair the indices
+    (N,) of its two completions. Returns losses (N,) and r̂ = β h (B,), detached. A completion is
+    scored once, however many pairs it is in. At π_θ = π_ref every loss is log 2, on any data.
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
     losses = -F.logsigmoid(margins(rewards, yw_idxs, yl_idxs))
@@ -170,11 +204,11 @@ def dpo_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tens
 
 def soft_dpo_loss(pi_logps: Tensor, ref_logps: Tensor, y1_idxs: Tensor, y2_idxs: Tensor,
                   p: float | Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The mean of Eq. 7 over labels that prefer y₁ with probability p (N,): p L₁₂ + (1 - p) L₂₁.
+    """The mean of Eq. 7 over a label that is y₁ ≻ y₂ with probability p: p L₁₂ + (1 - p) L₂₁.
 
-    Otherwise as dpo_loss. With Eq. 1's p it is the population loss, and its optimum Eq. 4's π_r.
-    With p = 1, labels without noise, it has no finite optimum: any policy that orders every pair
-    rightly is bettered by going further the same way.
+    Shapes as in dpo_loss, p (N,) or one number. With p of Eq. 1 this is the population loss, whose
+    minimum is π_r of Eq. 4. With p = 1, labels without noise, no minimum exists: a policy that
+    orders every pair correctly lowers the loss by moving further in the same direction.
     """
     losses, rewards = dpo_loss(pi_logps, ref_logps, y1_idxs, y2_idxs, beta)
     swapped, _ = dpo_loss(pi_logps, ref_logps, y2_idxs, y1_idxs, beta)
@@ -184,8 +218,8 @@ def soft_dpo_loss(pi_logps: Tensor, ref_logps: Tensor, y1_idxs: Tensor, y2_idxs:
 def dpo_gradient(weights: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float, B: int) -> Tensor:
     """Section 4 · ∇L = -β E[w (∇log π(y_w) - ∇log π(y_l))],  w = σ(r̂(x,y_l) - r̂(x,y_w)).
 
-    weights (N,) -> (B,), the c of ∇L = Σ_b c_b ∇log π(y_b), where L is the mean over the pairs.
-    DPO's weights are WEIGHTS["sigmoid"]: 1/2 at the start, near 0 once a pair is well in order.
+    weights (N,) -> c (B,), with ∇L = Σ_b c_b ∇log π(y_b) for the mean loss L over the N pairs.
+    DPO's weight is WEIGHTS["sigmoid"]: 1/2 at the start, near 0 for a pair with a large margin.
     """
     push = beta * weights / len(weights)
     return push.new_zeros(B).index_add(0, yw_idxs, -push).index_add(0, yl_idxs, push)
@@ -195,9 +229,9 @@ def dpo_gradient(weights: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float,
 
 
 class Weight(NamedTuple):
-    """An importance weight w(m, β), and the loss f(m, β) that has it: w = -f'(m). (N,) -> (N,).
+    """An importance weight w(m, β), and the loss f(m, β) that it comes from: w = -∂f/∂m, (N,).
 
-    ipo: its (h_w - h_l - 1/(2β))², where h_w - h_l = m/β, is f = ((m - 1/2)/β)²: w = (1 - 2m)/β².
+    IPO's loss is (h_w - h_l - 1/(2β))². As h_w - h_l = m/β, f = ((m - 1/2)/β)², w = (1 - 2m)/β².
     """
 
     w: WeightFn
@@ -207,8 +241,8 @@ class Weight(NamedTuple):
         return self.w(margin, beta)
 
 
-CDPO_EPS = 0.1  # the share of labels that cDPO takes to be flipped
-EXP_FLOOR = -30.0  # below it the exponential goes on as its tangent, so float32 cannot overflow
+CDPO_EPS = 0.1  # the share of labels that cDPO assumes to be flipped
+EXP_FLOOR = -30.0  # "exponential" is linear below this margin, where exp would overflow float32
 
 WEIGHTS = {
     "sigmoid": Weight(lambda m, beta: torch.sigmoid(-m), lambda m, beta: -F.logsigmoid(m)),  # DPO
@@ -227,117 +261,41 @@ WEIGHTS = {
 
 def weighted_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor,
                   beta: float, weight: WeightFn) -> tuple[Tensor, Tensor]:
-    """A loss by its weight: shapes as dpo_loss, f(m) as value, Section 4's gradient with w(m).
+    """A loss given by its weight w(m): its value is f(m), its gradient Section 4's with this w.
 
-    "sigmoid" is Eq. 7 itself. The others' gradient is that of -(w β (log π_w - log π_l)), w
-    detached. A function from outside WEIGHTS has the value f(m) = -∫₀ᵐ w, by trapezoids.
-    The scale trap: Adam and RMSprop divide by the gradient's size, so under them a constant weight
-    has none (β 1 and 0.1 take one path when clipping acts at every step or at none). What makes
-    it degenerate is not a larger step; it is that satisfied pairs never stop pushing.
+    Shapes as in dpo_loss, and "sigmoid" is Eq. 7 itself. Any other gradient is that of the
+    surrogate -w β (log π_w - log π_l) with w constant. A function from outside WEIGHTS comes
+    without f: its value is -∫₀ᵐ w, by the trapezoidal rule.
+    The scale trap: Adam and RMSprop divide the gradient by its own size, so they cancel the scale
+    of a constant weight. β = 1 and β = 0.1 then take the same path, if the gradient is clipped at
+    every step or at none. So a constant weight does not fail because its steps are larger: it
+    fails because pairs that are already in order are pushed apart as hard as before.
     """
     if weight is WEIGHTS["sigmoid"]:
         return dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)
     rewards = implicit_reward(pi_logps, ref_logps, beta).detach()
     margin = margins(rewards, yw_idxs, yl_idxs)
-    surrogate = -(weight(margin, beta).detach() * beta * margins(pi_logps, yw_idxs, yl_idxs))
+    surrogate = -(weight(margin, beta) * beta * margins(pi_logps, yw_idxs, yl_idxs))
     if isinstance(weight, Weight):
         value = weight.f(margin, beta)
     else:
-        grid = torch.linspace(0, 1, 129).to(margin)  # each pair's own path from 0 to m
-        along = weight((margin[:, None] * grid).flatten(), beta).view(len(margin), -1)
-        value = -margin * torch.trapezoid(along, grid)
+        grid = torch.linspace(0, 1, 129).to(margin)  # from 0 to m, for each pair its own
+        path = weight((margin[:, None] * grid).flatten(), beta).view(len(margin), -1)  # (N, 129)
+        value = -margin * torch.trapezoid(path, grid)
     return value.detach() + (surrogate - surrogate.detach()), rewards
-
-
-def load_weight(spec: str) -> WeightFn:
-    """A name of WEIGHTS, or path/to/file.py:function with (margin (N,), beta) -> (N,).
-
-    UserError for an unknown name, a missing file or function, a wrong signature; and, each time a
-    user's function is called, for a wrong shape or a value that is not finite.
-    """
-    if spec in WEIGHTS:
-        return WEIGHTS[spec]
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py"):
-        raise UserError(f"unknown weight {spec!r}: give one of {', '.join(WEIGHTS)}, or "
-                        "path/to/file.py:function")
-    module = import_file(path)
-    function = getattr(module, name, None)
-    if not inspect.isfunction(function):
-        raise UserError(f"weight {spec!r}: {path} defines no function {name!r}")
-    return checked_weight(function, f"{path}:{function.__code__.co_firstlineno} ({name})")
-
-
-def import_file(path: str):
-    """The module in a user's file. UserError where there is none, or its code fails."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:  # not there, or whatever its code does
-        raise UserError(f"cannot import {path}: {error!r}") from error
-    return module
-
-
-def own_functions(path: str) -> dict[str, Callable]:
-    """A student's file: the functions in it that have the name of one here.
-
-    UserError for a file that shares none, or has one with another signature.
-    """
-    module = import_file(path)
-    theirs = {name: f for name, f in vars(module).items()
-              if inspect.isfunction(f) and f.__globals__ is vars(module)  # its own, not imported
-              and inspect.isfunction(globals().get(name))}
-    if not theirs:
-        raise UserError(f"{path} defines no function of dpo.py: write dpo_loss, say")
-    for name, function in theirs.items():
-        want, got = (list(inspect.signature(f).parameters) for f in (globals()[name], function))
-        if want != got:
-            raise UserError(f"{path}:{function.__code__.co_firstlineno}: {name} must take "
-                            f"({', '.join(want)}), it takes ({', '.join(got)})")
-    return theirs
-
-
-def use_module(path: str) -> list[str]:
-    """The student's functions replace the ones of this file that have their names: the names."""
-    theirs = own_functions(path)
-    globals().update(theirs)
-    return list(theirs)
-
-
-def checked_weight(function: Callable, where: str) -> WeightFn:
-    """A user's weight with its results checked; `where` names it in each UserError."""
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError as error:
-        raise UserError(f"{where} must take (margin, beta): {error}") from error
-
-    def weight(margin: Tensor, beta: float) -> Tensor:
-        w = function(margin, beta)
-        got = tuple(w.shape) if torch.is_tensor(w) else type(w).__name__
-        if got != tuple(margin.shape):
-            raise UserError(f"{where} must return a tensor of the margin's shape "
-                            f"{tuple(margin.shape)}, got {got}")
-        wrong = ~w.isfinite()
-        if wrong.any():
-            raise UserError(f"{where} must return finite weights, got {w[wrong][0]:g} at margin "
-                            f"{margin[wrong][0]:g}")
-        return w.to(margin)
-
-    return weight
 
 
 def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idxs: Tensor,
                   yl_idxs: Tensor, beta: float, params: Sequence[Tensor],
                   weight: WeightFn = WEIGHTS["sigmoid"]) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Section 4's gradient by hand: a table of (N,) columns, and the mean loss's, shaped as params.
+    """The gradient of Section 4 in its terms: a table of columns (N,), and the mean gradient.
 
-    Columns: reward_w, reward_l, margin, weight; norm_w, norm_l, cosine of ∇log π(y_w) and
-    ∇log π(y_l), where near 1 means that what lifts one lifts the other; update, the norm of
-    β w (∇log π(y_w) - ∇log π(y_l)). The mean gradient equals autograd's.
-    pi_logps: (B,) with its graph, or a list of B scalars each with a graph of its own, cheaper
-    since a backward then passes through one sequence. One backward a distinct completion, whose
-    gradient is kept until its last pair: list a group's pairs together.
+    Columns: reward_w, reward_l, margin, weight; norm_w, norm_l and cosine of ∇log π(y_w) and
+    ∇log π(y_l), where a cosine near 1 means that raising one raises the other; update, the norm
+    of β w (∇log π(y_w) - ∇log π(y_l)). The mean over pairs is a list of tensors like params.
+    pi_logps: (B,) with its graph, or a list of B scalars, each with its own graph. The list is
+    cheaper, since each backward then runs through one sequence. Every completion needs one
+    backward, and its gradient is kept until its last pair: list the pairs of a group together.
     """
     logps = list(pi_logps)
     rewards = implicit_reward(torch.stack(logps).detach(), ref_logps, beta)
@@ -345,7 +303,7 @@ def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idx
     w = weight(margin, beta)
     coefficients = dpo_gradient(w, yw_idxs, yl_idxs, beta, len(logps))
     pairs = list(zip(yw_idxs.tolist(), yl_idxs.tolist()))
-    last = {i: n for n, pair in enumerate(pairs) for i in pair}
+    last_pair = {i: n for n, pair in enumerate(pairs) for i in pair}
     grads, rows, mean = {}, [], 0
     for n, pair in enumerate(pairs):
         for i in set(pair) - grads.keys():
@@ -353,87 +311,15 @@ def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idx
                                         materialize_grads=True)
             grads[i] = torch.cat([part.flatten() for part in parts])
             mean = mean + coefficients[i] * grads[i]
-        up, down = (grads[i] for i in pair)
-        rows.append(torch.stack([up.norm(), down.norm(), up @ down, (up - down).norm()]))
-        grads = {i: grad for i, grad in grads.items() if last[i] > n}
-    norm_w, norm_l, dot, apart = torch.stack(rows).T
+        grad_w, grad_l = (grads[i] for i in pair)
+        rows.append(torch.stack([grad_w.norm(), grad_l.norm(), grad_w @ grad_l,
+                                 (grad_w - grad_l).norm()]))
+        grads = {i: grad for i, grad in grads.items() if last_pair[i] > n}
+    norm_w, norm_l, dot, distance = torch.stack(rows).T
     cosine = dot / (norm_w * norm_l).clamp(min=torch.finfo(dot.dtype).tiny)
     columns = dict(reward_w=rewards[yw_idxs], reward_l=rewards[yl_idxs], margin=margin, weight=w,
-                   norm_w=norm_w, norm_l=norm_l, cosine=cosine, update=beta * w.abs() * apart)
+                   norm_w=norm_w, norm_l=norm_l, cosine=cosine, update=beta * w.abs() * distance)
     return columns, [g.view_as(p) for g, p in zip(mean.split([p.numel() for p in params]), params)]
-
-
-# ------------------------------------------------------------------------------ Section 5
-# Every y enumerated: rewards and log-probs are (..., K), and what is one number a prompt (...).
-
-
-def class_gap(r1: Tensor, r2: Tensor) -> Tensor:
-    """Definition 1 · r ~ r' ⇔ r(x,y) - r'(x,y) = f(x).
-
-    -> (...): how much r - r' varies over y; 0 when they are equivalent.
-    """
-    return (r1 - r2).amax(-1) - (r1 - r2).amin(-1)
-
-
-def preference_gap(r1: Tensor, r2: Tensor) -> Tensor:
-    """Lemma 1 · r ~ r' ⇒ r and r' induce the same preference distribution.
-
-    -> (...): the largest difference of Eq. 1 over all pairs of y.
-    """
-    p1, p2 = (preference_probability(r[..., :, None], r[..., None, :]) for r in (r1, r2))
-    return (p1 - p2).abs().amax((-2, -1))
-
-
-def optimum_gap(ref_logp: Tensor, r1: Tensor, r2: Tensor, beta: float) -> Tensor:
-    """Lemma 2 · r ~ r' ⇒ Eq. 3 has the same optimal policy under r and r'.
-
-    -> (...): KL between the two optima.
-    """
-    return kl_divergence(optimal_policy(ref_logp, r1, beta), optimal_policy(ref_logp, r2, beta))
-
-
-def class_member(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Theorem 1 · every class has a member β log π(y|x)/π_ref(y|x) for some π.
-
-    -> (..., K): that member; the π is Eq. 4's π_r. Hence a language model can stand for every
-    reward that preferences can tell apart: it is secretly a reward model.
-    """
-    return implicit_reward(optimal_policy(ref_logp, rewards, beta), ref_logp, beta)
-
-
-def project_reward(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Eq. 8 · f(r; π_ref, β)(x,y) = r(x,y) - β log Σ_y π_ref(y|x) exp(r(x,y)/β).
-
-    -> (..., K). What is taken away depends on x alone: the class stays.
-    """
-    return rewards - beta * log_partition(ref_logp, rewards, beta)[..., None]
-
-
-def normaliser(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Eq. 9 · Σ_y π_ref(y|x) exp(r(x,y)/β) = 1 for a projected r.
-
-    -> (...): the sum, whose terms are then themselves a policy, π_r.
-    """
-    return log_partition(ref_logp, rewards, beta).exp()
-
-
-def uniqueness_gap(ref_logp: Tensor, r1: Tensor, r2: Tensor, beta: float) -> Tensor:
-    """Proposition 1 · r ~ r' ⇒ f(r) = f(r'): exactly one member of a class obeys Eq. 9.
-
-    -> (...). A member further off by f(x) makes Eq. 9's sum exp(f(x)/β), which is 1 only at f = 0.
-    """
-    gap = project_reward(ref_logp, r1, beta) - project_reward(ref_logp, r2, beta)
-    return gap.abs().amax(-1)
-
-
-def soft_advantage(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float,
-                   value: float | Tensor) -> Tensor:
-    """Eq. 10 · max_π E_π[r_φ(x,y) - β log Σ_y π_ref exp(r_φ/β) - β log π(y|x)/π_ref(y|x)].
-
-    The bracket, any equal shapes. `value` is its middle term, β log_partition. As that depends on
-    x alone, any other baseline, 0 too, leaves the mean policy gradient as it is; not its variance.
-    """
-    return rewards - value - implicit_reward(pi_logps, ref_logps, beta)
 
 
 # ------------------------------------------------------------------------------ A.3 and C.3
@@ -442,8 +328,9 @@ def soft_advantage(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: f
 def ranking_logps(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 18 · p(τ | y₁…y_K, x) = Π_k exp r(x,y_τ(k)) / Σ_{j≥k} exp r(x,y_τ(j)),  best first.
 
-    scores r (G, K), ranked by rewards (G, K) -> log p (G,), tied (G, K) bool. What comes after k
-    is what has less reward, so nothing is sorted. Completions of equal reward leave the ranking.
+    scores r (G, K), and the true rewards (G, K) that give the order τ -> log p (G,), tied (G, K)
+    bool. Completions of equal true reward have no order between them: all of them leave the
+    ranking. Nothing is sorted: the completions from place k on are those of no higher reward.
     """
     tied = (rewards[:, :, None] == rewards[:, None, :]).sum(-1) > 1
     rest = (rewards[:, None, :] <= rewards[:, :, None]) & ~tied[:, None, :]  # (G, k, j)
@@ -456,15 +343,16 @@ def plackett_luce_loss(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor,
                        beta: float) -> tuple[Tensor, Tensor, dict[str, int]]:
     """A.3 · L = -log p(τ) by Eq. 18 with r̂ for r: DPO from rankings.
 
-    Log-probs (G*K,), rewards (G, K) -> losses (G',), detached r̂ (G*K,), and the counts of "tied"
-    completions and of groups "skipped" with under two left. K = 2 is Eq. 7; it starts at log K!.
+    Log-probs (G*K,), true rewards (G, K) -> losses (G',), r̂ (G*K,) detached, and two counts:
+    "tied" completions, and "skipped" groups, which have fewer than two completions left. With
+    K = 2 it is Eq. 7. It starts at log K!. UserError if every group is skipped.
     """
     implicit = implicit_reward(pi_logps, ref_logps, beta)
     logps, tied = ranking_logps(implicit.view(rewards.shape), rewards)
     losses = -logps[(~tied).sum(-1) >= 2]
     if len(losses) == 0:
-        raise UserError(f"none of {len(rewards)} groups has two completions of different rewards, "
-                        "ties apart: there is nothing to rank")
+        raise UserError(f"none of {len(rewards)} groups has two completions that tie with no "
+                        "other: there is nothing to rank")
     counts = dict(tied=int(tied.sum()), skipped=len(rewards) - len(losses))
     return losses, implicit.detach(), counts
 
@@ -472,7 +360,8 @@ def plackett_luce_loss(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor,
 def unlikelihood_loss(pi_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, alpha: float) -> Tensor:
     """C.3 · L = -E[log π(y_w|x) - α log π(y_l|x)].
 
-    (B,) -> (N,). No π_ref, no floor. At α = 1 its gradient is the constant weight's over β.
+    (B,) -> (N,). It has no π_ref and no lower bound. At α = 1 its gradient is that of the
+    constant weight, divided by β.
     """
     need_pairs(yw_idxs, yl_idxs)
     return alpha * pi_logps[yl_idxs] - pi_logps[yw_idxs]
@@ -481,13 +370,174 @@ def unlikelihood_loss(pi_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, alpha:
 def preferred_ft_loss(pi_logps: Tensor, yw_idxs: Tensor) -> Tensor:
     """Preferred-FT · L = -E log π(y_w|x).
 
-    (B,) -> (N,): a completion counts as often as it wins.
+    (B,) -> (N,), one loss per pair: a completion counts as often as it is chosen.
     """
     need_pairs(yw_idxs, yw_idxs)
     return -pi_logps[yw_idxs]
 
 
-if __name__ == "__main__":
-    import derivations  # which imports this file, under its own name
+# ------------------------------------------------------------------------------ the checks
 
-    sys.exit(main_exit(derivations.main))
+Row = tuple[str, str, float, float | None]  # equation, claim, residual, tolerance (None: no claim)
+BETAS = 0.1, 0.5, 1.0, 5.0
+
+
+class World:
+    """P prompts with K completions each, and no others: everything is enumerated, in float64.
+
+    ref: log π_ref (P, K). r: r* (P, K). i, j (N,): all pairs. p (N,): Eq. 1 for each pair.
+    frequencies: two ways of drawing pairs, name -> the probability of each pair (N,).
+    """
+
+    def __init__(self, P: int = 3, K: int = 16, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.ref, self.r = self.randn(P, K).log_softmax(-1), self.randn(P, K)
+        self.i, self.j = all_pairs(self.r)
+        self.p = preference_probability(self.r.flatten()[self.i], self.r.flatten()[self.j])
+        ref_logps = self.ref.flatten()
+        self.frequencies = {"uniform": torch.full_like(self.p, 1 / len(self.p)),
+                            "from π_ref": (ref_logps[self.i] + ref_logps[self.j]).softmax(0)}
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def solve(self, beta: float, p: Tensor, frequency: Tensor) -> Tensor:
+        """log π (P, K) that minimises Eq. 7, where y_i ≻ y_j with probability p (N,)."""
+        def loss(logits):
+            logp = logits.log_softmax(-1).flatten()
+            losses, _ = soft_dpo_loss(logp, self.ref.flatten(), self.i, self.j, p, beta)
+            return frequency @ losses
+        return minimise(loss, self.ref).log_softmax(-1)
+
+
+def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The x (P, K) at which a convex loss is least, by Newton's method.
+
+    The loss must be a sum over the rows of x, and must not change when a constant is added to a
+    row. Eq. 2 in rewards and Eq. 7 in logits are so.
+    """
+    x = start
+    for _ in range(10):  # enough for float64: near the minimum each step squares the error
+        x = x.detach().requires_grad_()
+        slope, = torch.autograd.grad(loss(x), x, create_graph=True)
+        curvature = torch.stack([torch.autograd.grad(column.sum(), x, retain_graph=True)[0]
+                                 for column in slope.T], -1)  # (P, K, K)
+        step, _ = torch.linalg.solve_ex(curvature + 1, slope)  # + 1 fixes each row's constant
+        x = x - step
+    return x.detach()
+
+
+def max_gap(a: Tensor, b: Tensor | float = 0.0) -> float:
+    return float((a - b).detach().abs().max())
+
+
+def section3_rows(world: World) -> Iterator[Row]:
+    ref, r, p, i, j = world.ref, world.r, world.p, world.i, world.j
+    e1, e2 = r.flatten()[i].exp(), r.flatten()[j].exp()
+    yield "Eq. 1", "exp r₁ / (exp r₁ + exp r₂) is σ(r₁ - r₂)", max_gap(e1 / (e1 + e2), p), 1e-12
+    fitted = minimise(lambda x: (p * reward_model_loss(x.flatten(), i, j)
+                                 + (1 - p) * reward_model_loss(x.flatten(), j, i)).mean(), 0 * r)
+    shift = (fitted - r) - (fitted - r).mean(-1, keepdim=True)
+    yield "Eq. 2", "its minimiser on Eq. 1's p* is r* + f(x)", max_gap(shift), 1e-12
+    pi, identity, above = (3 * world.randn(1000, *r.shape)).log_softmax(-1), [], []
+    for beta in BETAS:
+        best, value = optimal_policy(ref, r, beta), objective(pi, ref, r, beta)
+        identity.append(value - beta * (log_partition(ref, r, beta) - kl_divergence(pi, best)))
+        above.append(value - objective(best, ref, r, beta))
+    yield "Eq. 3", "is β log Z(x) - β KL(π‖π_r), 1000 random π (A.1)", \
+        max_gap(torch.stack(identity)), 1e-12
+    yield "Eq. 3", "hence no π is above π_r: largest difference", \
+        float(torch.stack(above).max()), 0.0
+
+
+def section4_rows(world: World) -> Iterator[Row]:
+    ref, r, p, i, j, beta = world.ref, world.r, world.p, world.i, world.j, 0.5
+    best, log_z = optimal_policy(ref, r, beta), log_partition(ref, r, beta)[:, None]
+    pi, flat = world.randn(*r.shape).log_softmax(-1).flatten(), ref.flatten()
+    yield "Eq. 4", "π_r sums to 1", max_gap(best.exp().sum(-1), 1), 1e-12
+    yield "Eq. 5", "inverts Eq. 4", max_gap(implicit_reward(best, ref, beta, log_z), r), 1e-12
+    same = policy_preference(best.flatten(), flat, i, j, beta)
+    yield "Eq. 6", "is Eq. 1 at π_r, for every pair", max_gap(same, p), 1e-12
+    scaled = policy_preference((best + log_z).flatten(), flat, i, j, beta)
+    yield "Eq. 6", "Z(x) cancels: π_r Z(x) gives the same", max_gap(scaled, p), 1e-12
+    losses, _ = dpo_loss(pi, flat, i, j, beta)
+    secretly = reward_model_loss(implicit_reward(pi, flat, beta), i, j)
+    yield "Eq. 7", "is Eq. 2 with Eq. 5 for r_φ", max_gap(losses, secretly), 1e-12
+    start, _ = dpo_loss(flat, flat, i, j, beta)
+    yield "Eq. 7", "starts at log 2, where π_θ = π_ref", max_gap(start, math.log(2)), 1e-12
+    theta = pi.clone().requires_grad_()
+    logps = theta.view_as(r).log_softmax(-1).flatten()
+    _, (by_hand,) = inspect_pairs(logps, flat, i, j, beta, [theta])
+    auto, = torch.autograd.grad(dpo_loss(logps, flat, i, j, beta)[0].mean(), theta)
+    yield "Section 4", "the gradient by hand is autograd's of Eq. 7", max_gap(by_hand, auto), 1e-12
+    m = world.randn(1000).requires_grad_()
+    wrong = [torch.autograd.grad(weight.f(m, beta).sum(), m)[0] + weight(m, beta)
+             for weight in WEIGHTS.values()]
+    yield "Section 4", "w = -f'(m) for each of WEIGHTS", max_gap(torch.stack(wrong)), 1e-12
+
+
+def optimum_rows(world: World) -> Iterator[Row]:
+    """Where the minimum of Eq. 7 lies."""
+    ref, r = world.ref, world.r
+    for name, frequency in world.frequencies.items():
+        kls = [kl_divergence(optimal_policy(ref, r, beta), world.solve(beta, world.p, frequency))
+               for beta in BETAS]
+        yield "Eq. 7", f"its minimum on p* is π_r: KL, 4 β, pairs {name}", \
+            max_gap(torch.stack(kls)), 1e-12
+    small, errors = World(10, 8), []
+    sizes = torch.tensor([1e3, 1e4, 1e5, 1e6], dtype=torch.float64)  # labels per prompt
+    for n in sizes:
+        per_pair = torch.full_like(small.p, float(n // 28))  # 28 pairs of 8 completions
+        labels = torch.binomial(per_pair, small.p, small.generator) / per_pair
+        solved = small.solve(1.0, labels, small.frequencies["uniform"])
+        errors.append(kl_divergence(optimal_policy(small.ref, small.r, 1.0), solved).mean())
+    x, y = sizes.log() - sizes.log().mean(), torch.stack(errors).log()
+    slope = float(x @ y / (x @ x))
+    yield "Eq. 7", f"on n sampled pairs KL falls as 1/n: slope {slope:.2f}", abs(slope + 1), 0.15
+    yw, yl, _ = preference_pairs(r)
+    further = [(ref + t * r).log_softmax(-1).flatten() for t in (1, 10, 100, 1e3, 1e4, 1e5)]
+    hard = [max_gap(dpo_loss(logp, ref.flatten(), yw, yl, 1.0)[0])
+            for logp in further]  # every t > 0 orders every pair correctly
+    falls = all(a > b for a, b in zip(hard, hard[1:]))
+    yield "Eq. 7", "labels without noise: falls to 0 as π runs off, no optimum", \
+        hard[-1] if falls else math.nan, 1e-9
+
+
+def baseline_rows(world: World) -> Iterator[Row]:
+    """C.3 and Preferred-FT."""
+    pi, ref, beta = world.randn(24).requires_grad_(), world.randn(24), 0.5
+    yw, yl, _ = preference_pairs(world.randn(12, 2))
+    naive, _ = weighted_loss(pi, ref, yw, yl, beta, WEIGHTS["constant"])
+    slopes = [torch.autograd.grad(loss.sum(), pi)[0]
+              for loss in (naive / beta, unlikelihood_loss(pi, yw, yl, 1.0))]
+    yield "C.3", "at α = 1 its gradient is the constant weight's over β", max_gap(*slopes), 1e-12
+    none = unlikelihood_loss(pi, yw, yl, 0.0)
+    yield "Preferred-FT", "is C.3 at α = 0", max_gap(none, preferred_ft_loss(pi, yw)), 1e-12
+
+
+def print_rows(rows: Iterable[Row]) -> int:
+    """Prints each claim with its residual, tolerance and verdict; returns 1 if any fails, or 0."""
+    started, failed = time.perf_counter(), 0
+    print(f"{'':<14}{'claim':<62}{'residual':>9}{'tolerance':>11}")
+    for equation, claim, residual, tolerance in rows:
+        if tolerance is None:
+            print(f"{equation:<14}{claim:<62}{residual:>9.3f}{'':>11}  no order claimed")
+            continue
+        verdict = "pass" if residual <= tolerance else "FAIL"  # NaN fails
+        failed += verdict == "FAIL"
+        print(f"{equation:<14}{claim:<62}{residual:>9.1e}{tolerance:>11.2g}  {verdict}")
+    print(f"{failed} failed; {time.perf_counter() - started:.1f} s")
+    return int(failed > 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks Sections 3 and 4, C.3 and Preferred-FT; the exit code is 1 if a claim fails."""
+    argparse.ArgumentParser(description="Check the equations of Sections 3 and 4 on small worlds; "
+                            "python -m experiments.theory checks the rest.").parse_args(argv)
+    torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+    checks = section3_rows, section4_rows, optimum_rows, baseline_rows
+    return print_rows(row for rows in checks for row in rows(World()))
+
+
+if __name__ == "__main__":
+    sys.exit(main_exit(main))
