@@ -1,0 +1,215 @@
+"""All figures but Figure 2 and the training curves, and the table beside them.
+
+    python -m experiments.figures out/toy/frontier    what its frontier.jsonl allows, and table.md
+
+Needs numpy and matplotlib alone, and knows nothing of models. `degeneration` and `inspection` draw
+what experiments/lessons.py measures.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.table import table, table_text
+from plot_frontier import (
+    KL,
+    REWARD,
+    STYLES,
+    finish,
+    frontier,
+    plot_optimum,
+    plot_points,
+    read_points,
+    reference,
+    reliable_optimum,
+    save_figure,
+    seed_means,
+    series,
+    setting_value,
+    weight_panel,
+)
+from support.runs import main_exit, write_whole
+
+
+def draw_all(path: Path) -> list[Path]:
+    """Every figure that a frontier.jsonl, or the one in a folder, allows: their paths.
+
+    Prints the table too, and writes it to table.md; all files lie beside the frontier.jsonl.
+    UserError where it cannot read or write.
+    """
+    points = read_points(path)
+    folder = path if path.is_dir() else path.parent
+    text = table_text(points, table(points))
+    print(text)
+    write_whole(folder / "table.md", lambda file: file.write(text.encode()))
+    figures = {draw.__name__: draw(points) for draw in (
+        frontier, temperature, overoptimisation, dial)}
+    paths = [save_figure(figure, folder / f"{name}.png")
+             for name, figure in figures.items() if figure]
+    return [*paths, save_figure(figures["frontier"], folder / "frontier.svg")]
+
+
+# ------------------------------------------------------------------------------ of the frontier
+
+def temperature(points: list[dict]) -> Figure | None:
+    """Win rate against π_ref's samples over the temperature that the policy is sampled at.
+
+    None if no policy was sampled at another temperature than 1.
+    """
+    curves = {}
+    for p in sorted(points, key=lambda p: p["temperature"]):
+        if p["win"] is not None and p["method"] in STYLES:
+            curves.setdefault((p["method"], p["setting"], p["seed"], p["step"]), []).append(p)
+    curves = {key: c for key, c in curves.items() if any(p["temperature"] != 1 for p in c)}
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    ax = figure.subplots()
+    for (method, setting, _, _), curve in curves.items():
+        label, colour, marker, line = STYLES[method]
+        at, win = np.array([(p["temperature"], p["win"]) for p in curve]).T
+        ax.errorbar(at, win, np.sqrt(win * (1 - win) / len(curve[0]["rewards"])), color=colour,
+                    marker=marker, ls=line, capsize=3, label=label + f", {setting}" * bool(setting))
+    ax.axhline(0.5, color="grey", lw=1)
+    ax.set(xlabel="sampling temperature of the policy",
+           ylabel="share of prompts won against π_ref, by r*")
+    return finish(figure, points, "π_ref's samples, on the same prompts, have temperature 1; a tie "
+                  "counts as half a win. Bars: ± 1 standard error of a share.") if curves else None
+
+
+def overoptimisation(points: list[dict]) -> Figure | None:
+    """True reward, and the one trained by, over √KL: PPO's learned reward, DPO's implicit one.
+
+    None if neither method has points with a learned reward.
+    """
+    figure, ref = Figure(figsize=(14, 6), layout="constrained"), reference(points)
+    panels = (("ppo", "mean learned reward r_φ", ref["reward_learned"] or 0),
+              ("dpo", "mean implicit reward r̂ = β log π/π_ref", 0))
+    runs = [seed_means([p for p in series(points, method) if p["reward_learned"] is not None],
+                       "kl", "reward", "reward_learned") for method, *_ in panels]
+    for ax, (method, other, zero), lines in zip(figure.subplots(1, 2), panels, runs):
+        right = ax.twinx()
+        for (setting, run), (_, colour, marker, _) in zip(lines.items(), STYLES.values()):
+            kl, true, trained = np.vstack([(0, ref["reward"], zero), run]).T
+            ax.plot(np.sqrt(kl), true, color=colour, marker=marker, ms=5, label=setting)
+            right.plot(np.sqrt(kl), trained, ":", color=colour, marker=marker, ms=5, mfc="white")
+        ax.plot([], [], "ko-", label="true (left)")
+        ax.plot([], [], "ko:", mfc="white", label="trained by (right)")
+        ax.set(title=STYLES[method][0], xlabel="√KL(π ‖ π_ref), √nats", ylabel=REWARD)
+        right.set_ylabel(other)
+        ax.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return finish(figure, points, "Means over seeds, in the order of steps.") if any(runs) else None
+
+
+def dial(points: list[dict]) -> Figure | None:
+    """Where DPO ends with each kind of label, and the optimum that soft and sampled ones have.
+
+    s is the scale of the rewards in a label's probability, so s/β alone sets that optimum. None
+    without soft and sampled labels.
+    """
+    keys, figure = ("kl", "reward", "kl_se", "reward_se"), Figure((10.5, 6), layout="constrained")
+    ends = {m: [dict(zip(keys, run[-1]), value=setting_value(setting))
+                for setting, run in seed_means(series(points, m), *keys).items()]
+            for m in ("dpo", "dpo-sampled", "dpo-soft") if series(points, m)}
+    every = sum(ends.values(), [])
+    asked = {p["value"] for m, mine in ends.items() if m != "dpo" for p in mine}
+    if not asked:
+        return None
+    ax = figure.subplots()
+    rings = {setting_value(p["setting"]): p for p in reliable_optimum(points)}
+    limit = plot_optimum(ax, points, every)
+    for method, mine in ends.items():
+        label, colour, _, _ = STYLES[method]
+        shift = {"dpo": (8, 5), "dpo-soft": (-17, -13)}.get(method, (8, -13))
+        plot_points(ax, mine, method, ms=7, label=label + ", hard labels" * (method == "dpo"))
+        for p in mine:
+            if p["kl"] <= limit:
+                ax.annotate("β = " * (method == "dpo") + f"{p['value']:g}", (p["kl"], p["reward"]),
+                            shift, textcoords="offset points", fontsize=9, color=colour,
+                            bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
+            if method != "dpo" and (ring := rings.get(p["value"])):
+                ax.plot(*zip(*((x["kl"], x["reward"]) for x in (p, ring))), lw=0.9, color=colour)
+    at = [(p["kl"], p["reward"]) for value, p in rings.items() if value in asked]
+    ax.plot(*np.reshape(at, (-1, 2)).T, "ko", mfc="none", ms=12, label="the optimum at that s/β")
+    lost, far = sorted(asked - {*rings}), sum(p["kl"] > limit for p in every)
+    return finish(figure, points, "Last points, means over seeds, ± 1 standard error of one run. "
+                  "Numbers: s/β, and β where labels are hard." + " No ring at "
+                  f"{', '.join(f'{x:g}' for x in lost)}: the optimum is not reliable." * bool(lost)
+                  + f" Past KL {limit:g} and not shown: {far}." * bool(far))
+
+
+# ------------------------------------------------------------------------------ of the lessons
+
+def degeneration(rows: list[dict], path: Path) -> None:
+    """Eight panels over the steps of DPO and of the same loss with constant weight, to `path`.
+
+    rows: dicts of weight, step and what the panels show; None where there is no such measure.
+    """
+    panels = [("kl", KL, "symlog"),
+              ("ref_ppl", "perplexity under π_ref", "log"),
+              ("logp_chosen", "log π(y_w), nats per completion", "linear"),
+              ("logp_rejected", "log π(y_l), nats per completion", "linear"),
+              ("repetition", "repeated trigrams, share", "linear"),
+              ("eos", "completions that end, share", "linear"),
+              ("grammatical", "grammatical sentences, share", "linear"),
+              ("reward", "mean true reward r*", "linear")]
+    figure = Figure(figsize=(14, 6.8), layout="constrained")
+    for ax, (key, label, axis) in zip(figure.subplots(2, 4).flat, panels):
+        for weight, style, name in (("sigmoid", "o-C0", "DPO: w = σ(-m)"),
+                                    ("constant", "s--C3", "w = 1")):
+            points = [r for r in rows if r["weight"] == weight and r[key] is not None]
+            ax.plot([r["step"] for r in points], [r[key] for r in points], style, ms=4, label=name)
+        if not any(r[key] is not None for r in rows):
+            ax.text(0.5, 0.5, "not defined on this corpus", ha="center", transform=ax.transAxes)
+        ax.set(xlabel="step", ylabel=label, yscale=axis)
+        if axis == "linear" and key not in ("logp_chosen", "logp_rejected"):
+            ax.set_ylim(-0.03, 1.03)
+        ax.grid(alpha=0.25)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2)
+    save_figure(figure, path, dpi=120)
+
+
+def inspection(inspected: dict, metrics: list[dict], path: Path) -> None:
+    """Three panels to `path`: the weight over training; weight and implicit margin of held-out
+    pairs against their true reward gap.
+
+    inspected: what inspect.json holds; metrics: the rows of the dpo run's metrics.jsonl.
+    """
+    pairs = inspected["pairs"]
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    a, b, c = figure.subplots(1, 3)
+    weight_panel(a, [r for r in metrics if "eval" not in r])
+    a.set(xlabel="step", title="training pairs")
+    for ax, key, label in ((b, "weight", "importance weight w"),
+                           (c, "margin", "implicit margin m = r̂(y_w) - r̂(y_l)")):
+        for wrong, style, name in ((False, "oC0", "in the order of r*"),
+                                   (True, "xC3", "in the wrong order")):
+            some = [p for p in pairs if (p["margin"] < 0) == wrong]
+            ax.plot([p["reward_gap"] for p in some], [p[key] for p in some], style, ms=5,
+                    alpha=0.7, label=name)
+        ax.set(xlabel="true reward gap r*(y_w) - r*(y_l)", ylabel=label)
+    b.set_title(f"{len(pairs)} held-out pairs after {inspected['step']} steps")
+    judges = {"r̂": inspected}
+    if "learned" in inspected:
+        judges["r_φ"] = inspected["learned"]
+    c.set_title("\n".join(f"{name}: accuracy {judge['accuracy']:.3f}, rank correlation "
+                          f"{judge['rank_correlation']:.3f}"
+                          for name, judge in judges.items()), fontsize=10)
+    for ax in (a, b, c):
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.25)
+    save_figure(figure, path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description="Draw all "
+                                     "figures of a frontier, print its table, write table.md.")
+    parser.add_argument("path", nargs="?", type=Path, default=Path("out/toy/frontier"),
+                        help="a frontier.jsonl, or its folder (default: %(default)s)")
+    print(*draw_all(parser.parse_args(argv).path), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main_exit(main))

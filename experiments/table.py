@@ -1,0 +1,151 @@
+"""The table of a frontier: what each method reaches at a given KL, with bootstrap intervals, and
+what it cost.
+
+Draws nothing (experiments/figures.py), and knows nothing of models.
+
+P prompts, n points, R bootstrap replicates, the first of which is the sample itself.
+"""
+
+import math
+
+import numpy as np
+
+from plot_frontier import STYLES, caption, envelope, kl_range, reference, reliable_optimum, series
+
+
+def replicates(points: list[dict], counts, rng) -> tuple[np.ndarray, np.ndarray]:
+    """KL and reward (R, n) in each replicate of a method's n different (setting, step)s.
+
+    They are means over the drawn prompts and seeds. counts (R, P): how often each prompt was drawn.
+    A setting's seeds are drawn here, and once for all settings that have the same seeds. NaN where
+    none of the seeds of a (setting, step) was drawn.
+    """
+    seeds = {setting: tuple(sorted({p["seed"] for p in points if p["setting"] == setting}))
+             for setting in dict.fromkeys(p["setting"] for p in points)}
+    drawn = {}  # seeds -> (R, seeds), how often each was drawn
+    for own in dict.fromkeys(seeds.values()):
+        drawn[own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), len(counts))
+        drawn[own][0] = 1
+    times = np.stack([drawn[own][:, own.index(p["seed"])]
+                      for p in points for own in [seeds[p["setting"]]]], 1)  # (R, points)
+    keys = [(p["setting"], p["step"]) for p in points]
+    member = np.array([[key == own for own in dict.fromkeys(keys)] for key in keys], float)
+    with np.errstate(invalid="ignore"):
+        return tuple(times * (counts @ np.array([p[x] for p in points]).T / len(counts[0]))
+                     @ member / (times @ member) for x in ("kls", "rewards"))
+
+
+def interval(values) -> tuple[float, float, float] | None:
+    """Replicates (R,) -> the sample's value and the ends of its 95 % interval; None for a NaN.
+
+    The interval is 2 value - quantiles. An envelope is a maximum: the replicates lie above the
+    sample's by as much as the sample's lies above the truth. Quantiles would be too high twice.
+    """
+    value = float(values[0])
+    return None if math.isnan(value) else \
+        (value, *(2 * value - np.percentile(values[1:], (97.5, 2.5))).tolist())
+
+
+def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict]:
+    """One row per method, the optimum first: what it has at each KL of the preset, and its cost.
+
+    reward: KL -> (value, low, high) on the method's envelope, None past its largest KL.
+    share: KL -> the same for its part of the optimal gain, (r - r_ref) / (r_opt - r_ref).
+    The 95 % intervals are over seeds and prompts. A replicate has the same prompts for all methods,
+    so shares are paired.
+    seconds, samples: sums over runs (one per setting and seed), each at its last point. For the
+    optimum and Best-of-N the largest: all their settings share one draw of samples.
+    """
+    kls = kl_range(points[0]["preset"])[0]
+    at, P, rng, rows = np.array(kls, float), len(points[0]["kls"]), np.random.default_rng(seed), []
+    counts = np.vstack([np.ones(P), rng.multinomial(P, np.full(P, 1 / P), bootstrap)])
+    start = counts @ reference(points)["rewards"] / P  # (R,)
+    best = np.full((len(counts), len(at)), np.nan)  # the optimum's reward
+    others = sorted({p["method"] for p in points} - {*STYLES, "optimum"})
+    for method in ["optimum", *(m for m in STYLES if m != "sft"), *others]:
+        mine = reliable_optimum(points) if method == "optimum" else series(points, method)
+        if not mine:
+            continue
+        kl, reward = replicates(mine, counts, rng)
+        if method == "optimum":
+            best = values = np.array([np.interp(at, *x, left=np.nan) for x in zip(kl, reward)])
+        else:  # flat: a replicate's last point may fall short of the sample's KL
+            values = envelope(kl, reward, at, start, flat=True)
+        values[:, at > kl[0].max()] = np.nan
+        shares = (values - start[:, None]) / (best - start[:, None])
+        last = {(p["setting"], p["seed"]): p for p in sorted(mine, key=lambda p: p["step"])}
+        row = dict(method=method, largest=float(kl[0].max()), runs=len(last),
+                   seeds=len({p["seed"] for p in mine}),
+                   reward=dict(zip(kls, map(interval, values.T))),
+                   share=dict(zip(kls, map(interval, shares.T))))
+        total = max if method == "optimum" or method.startswith("best-of-n") else sum
+        for key in ("seconds", "samples"):
+            known = [p[key] for p in last.values() if p[key] is not None]
+            row[key] = total(known) if known else None
+        rows.append(row)
+    return rows
+
+
+def excesses(points: list[dict]) -> list[tuple[float, dict]]:
+    """(excess over the optimum in standard errors, point), largest first.
+
+    Only for points between the reliable points of the optimum. Paired: mean and standard error over
+    prompts of r - r_opt - slope (KL - KL_opt), where the optimum is the mixture of its two
+    neighbouring points that has the point's KL. The error is thus that of both.
+    """
+    best, found = reliable_optimum(points), []
+    k, r = (np.array([p[key] for p in best]) for key in ("kls", "rewards"))  # (n, P) each
+    edges = np.array([x.mean() for x in k])
+    for p in points:
+        kl = np.mean(p["kls"])
+        i = np.searchsorted(edges, kl)
+        if p["method"] not in ("optimum", "sft") and p["temperature"] == 1 and 0 < i < len(best):
+            width = edges[i] - edges[i - 1]
+            k_opt, r_opt = (x[i - 1] + (kl - edges[i - 1]) / width * (x[i] - x[i - 1])
+                            for x in (k, r))
+            d = p["rewards"] - r_opt - (r[i] - r[i - 1]).mean() / width * (p["kls"] - k_opt)  # (P,)
+            found.append((d.mean() / max(d.std(ddof=1) / math.sqrt(len(d)), 1e-9), p))
+    return sorted(found, key=lambda x: -x[0])
+
+
+def table_text(points: list[dict], rows: list[dict]) -> str:
+    """The rows in three blocks of Markdown, aligned so that they read as plain text too."""
+    kls, ref = kl_range(points[0]["preset"])[0], reference(points)
+
+    def cell(x):
+        return "-" if x is None else "{:.3f} ({:.3f}, {:.3f})".format(*x) \
+            if isinstance(x, tuple) else f"{x:,.0f}"
+
+    def block(title, names, cells):
+        lines = [["method", *names], *([r["method"], *map(cell, c)] for r, c in zip(rows, cells))]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        lines.insert(1, ["-" * w for w in widths])
+        return f"{title}:\n\n" + "\n".join(
+            "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+    at, costs = [f"KL {kl}" for kl in kls], "runs seeds seconds samples".split()
+    return "\n\n".join([
+        f"{caption(points)}; π_ref's mean true reward {ref['reward']:.3f} ± {ref['reward_se']:.3f}."
+        " In brackets: 95 % bootstrap intervals over prompts and seeds.",
+        block("Mean true reward on a method's upper envelope, at a KL in nats", at,
+              [r["reward"].values() for r in rows]),
+        block("Share of the optimal gain at that KL, (r - r_ref) / (r_opt - r_ref)", at,
+              [r["share"].values() for r in rows]),
+        block("What all runs of a method took, each counted as if it were alone", costs,
+              [[r[c] for c in costs] for r in rows]),
+        "\n".join(f"- {note}" for note in notes(points, rows))]) + "\n"
+
+
+def notes(points: list[dict], rows: list[dict]) -> list[str]:
+    """Which methods end before a KL of the table, and whether a point lies above the optimum."""
+    best, over = reliable_optimum(points), excesses(points)
+    found = [f"{r['method']} has no {'reliable ' * (r['method'] == 'optimum')}point at KL {no[0]} "
+             f"or beyond: its largest KL is {r['largest']:.2f}." for r in rows
+             if (no := [kl for kl, value in r["reward"].items() if value is None])]
+    if not over:
+        return [*found, "No point lies where the optimum is reliable: none was compared with it."]
+    names = ", ".join(f"{p['method']} {p['setting']} (seed {p['seed']}, step {p['step']}) by "
+                      f"{z:.1f}" for z, p in over if z > 3)
+    return [*found, f"{len(over)} points lie where the optimum is reliable, KL {best[0]['kl']:.2g} "
+            f"to {best[-1]['kl']:.2f}: the largest excess over it is {over[0][0]:.1f} combined "
+            f"standard errors; more than 3 above it: {names or 'none'}."]
