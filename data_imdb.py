@@ -1,15 +1,17 @@
 """Text to tokens to prompts to preference groups; the only file that touches corpus or tokenizer.
 
     read_imdb, read_toy -> reviews; train_bpe, gpt2_encoding -> an encoding; load -> both, as Tokens
-    Tokens -> windows, lm_batch: batches of a language model
-    Tokens -> sample_prompts -> (sampling and r*, elsewhere) -> Groups <-> groups.jsonl
+    Tokens -> windows, lm_batches: batches of a language model
+    Tokens -> sample_prompts -> (sampling and r*, elsewhere) -> gather_groups -> Groups
+    Groups <-> groups.jsonl (read_groups, write_groups); split_prompts: training and held-out ones
 
 Knows nothing of models, losses or training; imports torch only to download.
-Legend: B sequences, T tokens, V vocabulary, P prompts, K completions a prompt, N reviews.
+Legend: B sequences, T tokens, V vocabulary, P prompts, K completions per prompt, N reviews.
 """
 
 import argparse
 import base64
+import functools
 import hashlib
 import heapq
 import itertools
@@ -30,6 +32,7 @@ import regex
 import tiktoken
 
 from support import toy_reviews
+from support.preference_files import parse_preference, want
 from support.runs import UserError, file_hash, json_hash, main_exit, os_errors, write_whole
 
 EOT = "<|endoftext|>"
@@ -236,16 +239,48 @@ class Tokens:
         return starts, np.minimum(n_ctx, np.repeat(self.offsets[1:], pieces) - starts)
 
 
-def lm_batch(tokens: Tokens, starts: np.ndarray, lengths: np.ndarray, pad_to: int = 1,
-             pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def lm_batch(tokens: Tokens, starts: np.ndarray,
+             lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """idx (B, T) int64 and the mask (B, T) of targets: row b has lengths[b] + 1 real tokens.
 
-    All but a row's first are targets. T - 1, the number of inputs, is a multiple of `pad_to`.
+    All but a row's first are targets. Padding is 0.
     """
-    column = np.arange(-(-np.max(lengths) // pad_to) * pad_to + 1)
+    column = np.arange(np.max(lengths) + 1)
     real = column <= np.asarray(lengths)[:, None]  # (B, T)
     where = np.where(real, np.asarray(starts)[:, None] + column, 0)
-    return np.where(real, tokens.stream[where].astype(np.int64), pad_id), real & (column > 0)
+    return np.where(real, tokens.stream[where].astype(np.int64), 0), real & (column > 0)
+
+
+def lm_batches(tokens: Tokens, n_ctx: int, batch: int, accum: int,
+               seed: int) -> Callable[[int], tuple[list[dict], int]]:
+    """batches(step) -> (`accum` micro-batches of idx, mask and lengths, the number of targets).
+
+    A batch holds windows of like length, since padding costs as much as tokens. An epoch has each
+    window at most once, the batches in random order; the next epoch is shuffled anew.
+    UserError for fewer windows than a batch.
+    """
+    starts, lengths = tokens.windows(n_ctx)
+    if len(starts) < batch:
+        raise UserError(f"{len(starts)} training windows, fewer than a batch of {batch}: lower "
+                        "--sft-batch or raise --reviews")
+    per_epoch = len(starts) // batch
+
+    @functools.lru_cache(1)
+    def epoch(number: int) -> np.ndarray:  # (per_epoch, batch) windows
+        rng = np.random.default_rng((seed, number))
+        order = rng.permutation(len(lengths))
+        pools = np.split(order, range(16 * batch, len(order), 16 * batch))
+        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+        return rng.permutation(order[: per_epoch * batch].reshape(per_epoch, batch))
+
+    def batches(step: int) -> tuple[list[dict], int]:
+        windows, micro_batches = epoch(step // per_epoch)[step % per_epoch], []
+        for part in np.array_split(windows, min(accum, batch)):
+            idx, mask = lm_batch(tokens, starts[part], lengths[part])
+            micro_batches.append(dict(idx=idx, mask=mask, lengths=lengths[part] + 1))
+        return micro_batches, int(lengths[windows].sum())
+
+    return batches
 
 
 @dataclass
@@ -256,6 +291,12 @@ class Data:
     labels: dict[str, np.ndarray | None]  # by split: (N,) int8, 1 positive, 0 negative
     notes: dict[str, int]  # duplicates dropped, by split
     identity: str  # the hash of every stream, label and rank
+
+    def unlabelled(self) -> Tokens:
+        """Train and unsup as one stream: a language model needs no labels."""
+        a, b = self.tokens["train"], self.tokens["unsup"]
+        return Tokens(np.concatenate([a.stream[:-1], b.stream]),
+                      np.concatenate([a.offsets[:-1], b.offsets + a.offsets[-1]]))
 
 
 def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
@@ -353,6 +394,46 @@ class Groups:
     has_reward: bool  # whether the rewards are r*
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> groups left out
 
+    @property
+    def K(self) -> int:
+        return len(self.completion_ids[0])
+
+    def flat(self, picks: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and completions of G groups, one per completion: two lists of G*K."""
+        return ([self.prompt_ids[i] for i in picks for _ in range(self.K)],
+                [y for i in picks for y in self.completion_ids[i]])
+
+
+def gather_groups(prompts: list[list[int]], samples: list[list[int]],
+                  rewards: np.ndarray) -> Groups:
+    """Groups from P prompts, their P*K samples in order, and r* of each: rewards (P*K,).
+
+    A group whose rewards are all equal has no preference: left out and counted in `dropped`.
+    """
+    rewards = np.asarray(rewards, dtype=np.float32).reshape(len(prompts), -1)
+    K = rewards.shape[1]
+    keep = np.flatnonzero((rewards != rewards[:, :1]).any(1))
+    if not len(keep):
+        raise UserError("every completion of every prompt has the same reward: nothing to prefer")
+    return Groups([prompts[i] for i in keep], [samples[i * K : (i + 1) * K] for i in keep],
+                  rewards[keep], True, {"equal rewards": len(prompts) - len(keep)})
+
+
+def split_prompts(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Indices of the groups to train on, and to hold out: a tenth of the distinct prompts.
+
+    A prompt's side depends on its tokens alone, so no prompt stands on both. UserError for fewer
+    than three distinct prompts.
+    """
+    distinct = sorted(set(map(tuple, prompts)),
+                      key=lambda p: hashlib.sha256(repr(p).encode()).digest())
+    if len(distinct) < 3:
+        raise UserError(f"the preferences have {len(distinct)} distinct prompts; three are needed, "
+                        "two of them to be held out")
+    held = set(distinct[: max(2, len(distinct) // 10)])
+    train = [i for i, p in enumerate(prompts) if tuple(p) not in held]
+    return train, [i for i, p in enumerate(prompts) if tuple(p) in held]
+
 
 def write_groups(file: BinaryIO, groups: Groups, enc: tiktoken.Encoding) -> None:
     """JSON lines for runs.write_whole; "rewards" is null without r*: then the best stands first."""
@@ -387,9 +468,9 @@ def read_groups(path: Path, enc: tiktoken.Encoding, n_ctx: int) -> Groups:
         if not line.strip():
             continue
         try:
-            prompt, completions, rewards = _parse(line, enc)
+            prompt, completions, rewards = parse_preference(line, enc)
             shapes.add((len(completions), rewards is not None))
-            _want(len(shapes) == 1, "as many completions as before, and rewards in all or no lines")
+            want(len(shapes) == 1, "as many completions as before, and rewards in all or no lines")
         except UserError as e:
             raise UserError(f"{path}, line {number}: wanted {e}") from None
         values = np.linspace(1, 0, len(completions)) if rewards is None else rewards
@@ -404,47 +485,6 @@ def read_groups(path: Path, enc: tiktoken.Encoding, n_ctx: int) -> Groups:
         raise UserError(f"{path} has no group to learn from (left out: {dict(dropped) or 'none'}); "
                         "wanted completions that differ in reward and fit the context")
     return Groups(prompts, kept, np.stack(scores), shapes.pop()[1], dict(dropped))
-
-
-def _want(ok: bool, what: str) -> None:
-    if not ok:
-        raise UserError(what)
-
-
-def _parse(line: bytes, enc: tiktoken.Encoding) -> tuple[list, list, list | None]:
-    """(prompt's ids, completions' ids, rewards or None); UserError(what was wanted instead)."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"JSON in UTF-8, got {getattr(e, 'msg', e)}") from e
-    _want(isinstance(row, dict) and ("completions" in row or {"chosen", "rejected"} <= row.keys()),
-          "an object with the keys prompt and completions, or prompt, chosen and rejected, or "
-          f"chosen and rejected, got {sorted(row) if isinstance(row, dict) else row!r:.80}")
-    texts = row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
-    _want(isinstance(texts, list) and len(texts) > 1 and all(isinstance(y, str) for y in texts),
-          f"a list of two or more completions, all of them texts, got {texts!r:.80}")
-    prompt, rewards, ids = (row.get(key) for key in ("prompt", "rewards", "completion_ids"))
-    _want(rewards is None or isinstance(rewards, list) and len(rewards) == len(texts)
-          and all(type(r) in (int, float) and abs(r) < 1e38 for r in rewards),
-          f"{len(texts)} rewards, finite numbers, one a completion, got {rewards!r:.80}")
-    if ids is None:
-        if not row.keys() & {"prompt", "completions"}:  # Anthropic-HH
-            mark = "\n\nAssistant:"
-            end = os.path.commonprefix(texts).rfind(mark) + len(mark)
-            _want(end >= len(mark), f"a prompt, or a {mark!r} that chosen and rejected share")
-            prompt, texts = texts[0][:end], [text[end:] for text in texts]
-        _want(isinstance(prompt, str), f"a prompt, a text, got {prompt!r:.80}")
-        _want(all(y.strip() for y in texts), "some text in every completion, got an empty one")
-        prompt, *ids = map(enc.encode_ordinary, (prompt, *texts))
-        return [enc.eot_token, *prompt], [[*y, enc.eot_token] for y in ids], rewards
-    prompt = row.get("prompt_ids")
-    _want(isinstance(ids, list) and len(ids) == len(texts) and all(
-        isinstance(y, list) and y and all(type(i) is int for i in y) for y in (prompt, *ids)),
-        "prompt_ids, and completion_ids for each completion: lists of integers, none of them empty")
-    low, high = min(map(min, (prompt, *ids))), max(map(max, (prompt, *ids)))
-    _want(0 <= low and high < enc.n_vocab,
-          f"ids from 0 to {enc.n_vocab - 1}, the vocabulary, got ids from {low} to {high}")
-    return prompt, ids, rewards
 
 
 # ------------------------------------------------------------------------------ a look at it

@@ -56,14 +56,14 @@ def read_points(path: Path) -> list[dict]:
             raise UserError(f"there is no {path}: {remedy}")
         lines = path.read_bytes().splitlines()
     points = {i: p for i, line in enumerate(lines, 1) if (p := point_of(line))}
+    if not points:
+        raise UserError(f"{path} holds no point: delete it and {remedy}")
     kinds = {i: (p["preset"], len(p["rewards"])) for i, p in points.items()}
-    usual = Counter(kinds.values()).most_common(1)
-    kept = {i: p for i, p in points.items() if kinds[i] == usual[0][0]}
+    usual, _ = Counter(kinds.values()).most_common(1)[0]
+    kept = {i: p for i, p in points.items() if kinds[i] == usual}
     if skipped := [str(i) for i in range(1, len(lines) + 1) if i not in kept]:
         print(f"skipped {len(skipped)} of {len(lines)} lines of {path}, which hold no point of "
               f"this frontier: {', '.join(skipped)}", file=sys.stderr)
-    if not kept:
-        raise UserError(f"{path} holds no point: delete it and {remedy}")
     return list(kept.values())
 
 

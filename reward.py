@@ -1,4 +1,4 @@
-"""What a completion is worth: the ground truth r*, and a reward model's body for Eq. 2's r_φ.
+"""The reward of a completion: the ground truth r*, and the body of a reward model, Eq. 2's r_φ.
 
 A reward is a callable (prompts, completions) -> (N,) float32 on the CPU, of token ids. r* lies in
 [0, 1]: on the toy corpus a known function of the text, on IMDb the probability that a classifier,
@@ -8,6 +8,7 @@ B sequences, T tokens, C channels, N completions.
 """
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import GPT, GPTConfig, pad_rows
+from gpt import GPT, GPTConfig, length_buckets, pad_rows
 from support.runs import UserError, load_tensors
 from support.toy_reviews import grammatical, sentiment
 
@@ -67,7 +68,7 @@ class RewardModel(nn.Module):
         with torch.autocast(idx.device.type, enabled=False):  # a bf16 score would tie rewards
             return self.score(last.float())[:, 0]
 
-    def saved(self) -> dict:
+    def checkpoint(self) -> dict:
         return {"config": vars(self.body.config) | {}, "model": self.state_dict()}
 
     @classmethod
@@ -91,18 +92,19 @@ class ModelReward:
     closing <|endoftext|> too, being trained on completions that have it.
     """
 
-    def __init__(self, model: RewardModel, eos: int, learned: bool = False, rows: int = 256):
-        self.model, self.eos, self.learned, self.rows = model.eval(), eos, learned, rows
+    def __init__(self, model: RewardModel, eos: int, learned: bool = False, batch_size: int = 256):
+        self.model, self.eos = model.eval(), eos
+        self.learned, self.batch_size = learned, batch_size
 
     @torch.no_grad()
     def __call__(self, prompts, completions):
         device, n_ctx = self.model.score.weight.device, self.model.body.config.n_ctx
         out = []
-        for i in range(0, len(prompts), self.rows):
-            part = completions[i : i + self.rows]
+        for i in range(0, len(prompts), self.batch_size):
+            part = completions[i : i + self.batch_size]
             if not self.learned:  # reviews have no closing <|endoftext|>: the last word is read
                 part = [[t for t in c if t != self.eos] for c in part]
-            idx, _, lengths = pad_rows(prompts[i : i + self.rows], part)
+            idx, _, lengths = pad_rows(prompts[i : i + self.batch_size], part)
             if idx.size(1) > n_ctx:
                 raise UserError(f"a text of {idx.size(1)} tokens; the reward model reads {n_ctx}: "
                                 "raise --reward-ctx")
@@ -116,12 +118,16 @@ class SiebertReward:
     """The paper's judge, p(positive) by siebert/sentiment-roberta-large-english, or a local folder
     of that layout. Needs the optional package transformers. Raises UserError without either."""
 
-    def __init__(self, enc, name="siebert/sentiment-roberta-large-english", device="cpu", rows=64):
+    def __init__(self, enc, name="siebert/sentiment-roberta-large-english", device="cpu",
+                 batch_size=64):
         try:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
+            from transformers.utils import logging
         except ImportError:
             raise UserError("--reward siebert needs transformers, which is not installed: run "
                             "pip install transformers") from None
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()  # as train.py's own: no bar in a pipe
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForSequenceClassification.from_pretrained(name)
@@ -132,21 +138,21 @@ class SiebertReward:
         if "POSITIVE" not in labels:
             raise UserError(f"{name} has the labels {sorted(labels)}; one must be POSITIVE")
         self.model, self.positive = model.to(device).eval(), labels["POSITIVE"]
-        self.enc, self.rows = enc, rows
+        self.enc, self.batch_size = enc, batch_size
 
     @torch.no_grad()
     def __call__(self, prompts, completions):
         strings, out = texts(self.enc, prompts, completions), []
-        for i in range(0, len(strings), self.rows):
-            batch = self.tokenizer(strings[i : i + self.rows], return_tensors="pt", padding=True,
-                                   truncation=True).to(self.model.device)
+        for i in range(0, len(strings), self.batch_size):
+            batch = self.tokenizer(strings[i : i + self.batch_size], return_tensors="pt",
+                                   padding=True, truncation=True).to(self.model.device)
             with torch.autocast(self.model.device.type, enabled=False):  # one judge, whoever asks
                 logits = self.model(**batch).logits.float()
             out.append(logits.softmax(-1)[:, self.positive].cpu())
         return torch.cat(out)
 
 
-def cut(ids, n_ctx: int) -> list[int]:
+def truncate(ids, n_ctx: int) -> list[int]:
     """A review's tokens, <|endoftext|> first; of a long one the end, where the verdict stands."""
     return [int(ids[0]), *map(int, ids[1:][-(n_ctx - 1):])]
 
@@ -168,7 +174,7 @@ def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng):
     dict of idx (B, T), lengths (B,), labels (B,)."""
     high = min(max_crop, n_ctx - 1) + 1
     pick = rng.integers(0, len(tokens), 2 * batch)
-    whole = [cut(tokens[i], n_ctx) for i in pick[:batch]]
+    whole = [truncate(tokens[i], n_ctx) for i in pick[:batch]]
     crops = [crop(tokens[i], int(rng.integers(8, high)), rng) for i in pick[batch:]]
     return [label_batch(whole, labels[pick[:batch]]), label_batch(crops, labels[pick[batch:]])]
 
@@ -182,24 +188,24 @@ def label_loss(model, micro):
 
 
 @torch.no_grad()
-def accuracy(model: RewardModel, tokens, labels, n_ctx: int, crop_len: int = 0, rows: int = 64):
+def label_accuracy(model: RewardModel, tokens, labels, n_ctx: int, crop_len: int = 0,
+                   batch_size: int = 64) -> dict:
     """Accuracy on labelled reviews, and the expected calibration error of p(positive), ten bins.
 
     crop_len 0 judges whole reviews (the last n_ctx tokens), otherwise a crop of that many tokens
-    (fewer where n_ctx is less). The error is the gap between mean p and the share of positives,
-    averaged over the reviews' bins.
+    (fewer where n_ctx is less). The calibration error is the gap between the mean p and the share
+    of positive reviews in a bin, averaged over the reviews' bins.
     """
-    rng, device, p = np.random.default_rng(0), model.score.weight.device, []
+    rng, device, p = np.random.default_rng(0), model.score.weight.device, torch.empty(len(labels))
     model.eval()
-    reviews = [crop(ids, min(crop_len, n_ctx - 1), rng) if crop_len else cut(ids, n_ctx)
+    reviews = [crop(ids, min(crop_len, n_ctx - 1), rng) if crop_len else truncate(ids, n_ctx)
                for ids in tokens]
-    order = sorted(range(len(reviews)), key=lambda i: len(reviews[i]))  # least padding
-    for i in range(0, len(order), rows):
-        part = [reviews[j] for j in order[i : i + rows]]
-        idx, _, lengths = pad_rows(part, [[]] * len(part))
-        p.append(model(idx.to(device), lengths.to(device)).sigmoid().cpu())
-    p, y = torch.cat(p), torch.tensor(labels[order], dtype=torch.float32)
+    for part in length_buckets(torch.tensor(list(map(len, reviews))), batch_size):
+        idx, _, lengths = pad_rows([reviews[i] for i in part], [[]] * len(part))
+        p[part] = model(idx.to(device), lengths.to(device)).sigmoid().cpu()
+    y = torch.tensor(labels, dtype=torch.float32)
     bins = (p * 10).long().clamp(max=9)
     gaps = [(p[bins == b].mean() - y[bins == b].mean()).abs() * (bins == b).float().mean()
             for b in bins.unique()]
-    return float(((p > 0.5) == (y > 0.5)).float().mean()), float(sum(gaps))
+    return dict(accuracy=float(((p > 0.5) == (y > 0.5)).float().mean()),
+                calibration_error=float(sum(gaps)))

@@ -84,6 +84,10 @@ def remade(path: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------ whole files
 
+def save_json(path: Path, obj: Any) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(obj).encode()))
+
+
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """Calls write(file) so that path holds all of the new bytes or, at any kill, all of the old.
 
@@ -265,6 +269,24 @@ class Run:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(self.path("metrics.jsonl"), lambda file: file.write(text.encode()))
         return state
+
+    def load_checkpoint(self, parts: dict[str, Any], steps: int) -> int:
+        """Puts the last checkpoint back into `parts`, each with state_dict and load_state_dict.
+
+        Returns the step to go on from, 0 without a checkpoint. UserError where it does not fit.
+        """
+        state = self.resume()
+        if not state:
+            return 0
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path('resume.pt')} is a checkpoint of another configuration "
+                            f"({str(error).splitlines()[0]}): delete {self.folder}") from None
+        if state["step"] < steps:
+            print(f"  going on at step {state['step']} of {steps}")
+        return state["step"]
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl. row["step"]: the step that it belongs to."""

@@ -1,22 +1,35 @@
-"""Laws of data_imdb.py: what is read is what was written; every token is a target once."""
+"""Laws of data_imdb.py: what is read is what was written; every token is a target once. The bad
+files of users are rows of test_mistakes.py."""
 
 import io
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import regex
-import requests
 
 import data_imdb
-from data_imdb import EOT, Groups, Tokens, UserError, lm_batch, sample_prompts, train_bpe
+from data_imdb import (
+    EOT,
+    Data,
+    Groups,
+    Tokens,
+    UserError,
+    gather_groups,
+    lm_batch,
+    lm_batches,
+    sample_prompts,
+    split_prompts,
+    train_bpe,
+)
 
 IMDB = os.environ.get("IMDB_PATH", "")
 quiet = {"progress": lambda text: None}
@@ -60,7 +73,7 @@ def random_texts(seed, n=12):
     return ["".join(rng.choices(alphabet, k=rng.randrange(0, 60))) for _ in range(n)]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_bpe_equals_a_naive_one_and_tiktoken_applies_its_merges(seed):
     texts = random_texts(seed)
     vocab = random.Random(seed).choice([260, 290, 1000])
@@ -106,10 +119,10 @@ def test_bpe_does_not_depend_on_the_order_of_texts():
     assert one._mergeable_ranks == two._mergeable_ranks, "ties are broken by the order of reading"
 
 
-@pytest.mark.parametrize("vocab", [256, 65_537, "abc", -1])
-def test_bpe_refuses_a_size_it_cannot_have(vocab):
-    with pytest.raises(UserError, match="257"):
-        train_bpe(["some text"], vocab)
+def test_bpe_refuses_a_size_it_cannot_have():
+    for vocab in (256, 65_537, "abc", -1):
+        with pytest.raises(UserError, match="257"):
+            train_bpe(["some text"], vocab)
 
 
 def test_an_encoding_survives_the_disk(tmp_path):
@@ -118,21 +131,6 @@ def test_an_encoding_survives_the_disk(tmp_path):
         data_imdb.save_encoding(file, enc)
     again = data_imdb.load_encoding(tmp_path / "bpe")
     assert again._mergeable_ranks == enc._mergeable_ranks and again.eot_token == enc.eot_token
-    with pytest.raises(UserError, match="missing"):
-        data_imdb.load_encoding(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("failure", [requests.exceptions.ConnectionError("no route"),
-                                     ValueError("Hash mismatch"), OSError(28, "disk full")])
-def test_gpt2_without_its_files_names_the_variable(monkeypatch, tmp_path, failure):
-    def refuse(path):
-        raise failure
-
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    monkeypatch.setattr("tiktoken.load.read_file", refuse)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        data_imdb.gpt2_encoding()
 
 
 def test_gpt2_saved_is_gpt2(tmp_path):
@@ -166,12 +164,11 @@ def test_every_token_is_a_target_exactly_once(n_ctx):
     order = np.random.default_rng(0).permutation(len(starts))
     targets = Counter()
     for part in np.array_split(order, 3):
-        idx, mask = lm_batch(tokens, starts[part], lengths[part], pad_to=4, pad_id=98)
+        idx, mask = lm_batch(tokens, starts[part], lengths[part])
         assert idx.dtype == np.int64 and mask.dtype == bool and idx.shape == mask.shape
-        assert (idx.shape[1] - 1) % 4 == 0, "the number of inputs should be a multiple of pad_to"
         assert not mask[:, 0].any(), "nothing predicts a row's first token"
         assert (mask.sum(1) == lengths[part]).all()
-        assert (idx[:, 1:][~mask[:, 1:]] == 98).all(), "what is no target is padding"
+        assert (idx[:, 1:][~mask[:, 1:]] == 0).all(), "what is no target is padding"
         targets.update(idx[mask].tolist())
     # Each review's closing <|endoftext|> is the next one's first token: as multisets, the stream.
     assert targets == Counter(tokens.stream[1:].tolist())
@@ -194,6 +191,58 @@ def test_reviews_come_back_one_by_one():
     tokens = some_tokens([3, 1, 7])
     assert [len(review) for review in tokens] == [3, 1, 7] and len(tokens) == 3
     assert all(review[0] == 99 for review in tokens), "<|endoftext|> precedes every review"
+
+
+def rows_of(micro_batches):
+    """The real tokens of every row."""
+    return [tuple(row[:n]) for m in micro_batches
+            for row, n in zip(m["idx"].tolist(), m["lengths"])]
+
+
+def test_an_lm_epoch_has_every_window_once_and_the_next_another_order():
+    tokens = some_tokens(np.random.default_rng(0).integers(4, 30, 400))
+    windows = len(tokens.windows(24)[0])
+    per_epoch, batches = windows // 12, lm_batches(tokens, 24, batch=12, accum=3, seed=1)
+    epochs = []
+    for epoch in range(3):
+        epochs.append([])
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            micro_batches, n = batches(step)
+            assert len(micro_batches) == 3 and n == sum(m["mask"].sum() for m in micro_batches)
+            for m in micro_batches:
+                assert (m["mask"].sum(1) + 1 == m["lengths"]).all(), "all but a first token"
+            epochs[-1].append(frozenset(rows_of(micro_batches)))
+        assert len(frozenset.union(*epochs[-1])) == 12 * per_epoch, "a window twice in an epoch"
+    assert not set(epochs[0]) & set(epochs[1]), "the next epoch has the same batches"
+    assert not set(epochs[1]) & set(epochs[2])
+
+
+def test_an_lm_batch_has_windows_of_like_length_and_comes_at_no_set_time():
+    tokens = some_tokens(np.random.default_rng(0).integers(2, 30, 800))
+    batches = lm_batches(tokens, 64, batch=4, accum=1, seed=0)
+    lengths = np.array([batches(step)[0][0]["lengths"] for step in range(200)])
+    spread = np.ptp(lengths, axis=1).mean()
+    assert spread < 5, f"lengths in a batch differ by {spread:.1f} of 28: padding"
+    longer = (np.diff(lengths.mean(1)) > 0).mean()
+    assert 0.3 < longer < 0.7, "short ones first: a curriculum that nobody asked for"
+
+
+def test_lm_batches_are_a_function_of_seed_and_step():
+    tokens = some_tokens(range(4, 60))
+    one, two, other = (lm_batches(tokens, 24, 12, 3, seed) for seed in (1, 1, 2))
+    for step in (25, 0, 4, 5):
+        assert rows_of(one(step)[0]) == rows_of(two(step)[0]) != rows_of(other(step)[0])
+    assert len(lm_batches(tokens, 24, 4, 9, 1)(0)[0]) == 4, "no empty micro-batch"
+
+
+def test_unlabelled_is_train_and_unsup_as_one_stream():
+    train, unsup = some_tokens([3, 2, 9]), some_tokens([2, 4], seed=1)
+    data = Data(None, 99, dict(train=train, unsup=unsup), {}, {}, "")
+    both = data.unlabelled()
+    assert [x.tolist() for x in both] == [x.tolist() for x in (*train, *unsup)]
+    assert len(both) == 5 and both.stream[-1] == 99, "the last review's end"
+    data.tokens["unsup"] = Tokens(np.array([99], np.uint16), np.array([0]))  # the toy has none
+    assert [x.tolist() for x in data.unlabelled()] == [x.tolist() for x in train]
 
 
 # ------------------------------------------------------------------------------ IMDb, in small
@@ -278,30 +327,16 @@ def test_members_are_never_written_by_their_path(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz"])
-@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.9])
-def test_a_truncated_archive_is_refused(tiny, tmp_path, mode, share):
-    path = write_archive(tmp_path / "cut.tar", tiny_reviews(), mode)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=r"cut\.tar.*IMDB_PATH") as caught:
-        data_imdb.read_imdb(path, tmp_path, **quiet)
-    assert "\n" not in str(caught.value), "one sentence"
-
-
-def test_a_damaged_archive_is_refused(tiny, tmp_path):
-    content = bytearray(tiny.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    tiny.write_bytes(content)
-    with pytest.raises(UserError, match="IMDB_PATH"):
-        data_imdb.read_imdb(tiny, tmp_path, **quiet)
-
-
-def test_a_wrong_archive_is_refused(tiny, tmp_path):
-    other = write_archive(tmp_path / "other.tar.gz", {"notes.txt": "no reviews"})
-    with pytest.raises(UserError, match="has 0 reviews.*wanted 40.*IMDB_PATH"):
-        data_imdb.read_imdb(other, tmp_path, **quiet)
-    (tmp_path / "poem.txt").write_text("not an archive at all\n" * 100)
-    with pytest.raises(UserError, match="cannot be read as an archive"):
-        data_imdb.read_imdb(tmp_path / "poem.txt", tmp_path, **quiet)
+def test_an_archive_cut_short_anywhere_is_refused(tiny, tmp_path, mode):
+    whole = write_archive(tmp_path / "whole", tiny_reviews(), mode).read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    for content in (*(whole[: int(share * len(whole))] for share in (0, 0.01, 0.3, 0.9)), damaged):
+        (tmp_path / "cut.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"cut\.tar.*IMDB_PATH"):
+            data_imdb.read_imdb(tmp_path / "cut.tar", tmp_path, **quiet)
+    with pytest.raises(UserError, match=r"gone\.tar.*IMDB_PATH"):
+        data_imdb.read_imdb(tmp_path / "gone.tar", tmp_path, **quiet)
 
 
 def test_too_few_reviews_are_refused(tiny, tmp_path):
@@ -312,47 +347,18 @@ def test_too_few_reviews_are_refused(tiny, tmp_path):
         data_imdb.read_imdb(path, tmp_path, **quiet)
 
 
-def test_a_missing_archive_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("IMDB_PATH", str(tmp_path / "nowhere.tar.gz"))
-    with pytest.raises(UserError, match=r"nowhere\.tar\.gz.*IMDB_PATH"):
-        data_imdb.load("imdb", 300, tmp_path / "data", 0, 0, **quiet)
-    with pytest.raises(UserError, match="missing"):
-        data_imdb.read_imdb(tmp_path / "nowhere.tar.gz", tmp_path, **quiet)
-
-
-@pytest.mark.parametrize("failure", [URLError("Name or service not known"), TimeoutError("slow"),
-                                     ConnectionResetError(104, "reset")])
-def test_no_network_names_imdb_path(tmp_path, monkeypatch, failure):
-    def refuse(*args, **kwargs):
-        raise failure
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    with pytest.raises(UserError, match="cannot download .*aclImdb_v1.*IMDB_PATH"):
-        data_imdb.read_imdb(None, tmp_path / "cache", **quiet)
-
-
 def test_a_download_counts_only_with_its_checksum(tiny, tmp_path, monkeypatch):
-    calls, cache = [], tmp_path / "cache"
-
-    def fetch(url, target, **kwargs):
-        calls.append(url)
-        Path(target).write_bytes(tiny.read_bytes())
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
+    """From a server on this disk, by torch.hub's real function."""
+    monkeypatch.setattr(data_imdb, "URL", f"file://{tiny}")
+    cache = tmp_path / "cache"
     with pytest.raises(UserError, match="md5.*wanted 84,125,825.*IMDB_PATH"):
         data_imdb.download(cache, **quiet)
     assert not (cache / "aclImdb_v1.tar.gz").exists(), "kept what is not the corpus"
     monkeypatch.setattr(data_imdb, "MD5", data_imdb.hashlib.md5(tiny.read_bytes()).hexdigest())
     wanted = data_imdb.read_imdb(tiny, tmp_path, **quiet)
     assert data_imdb.read_imdb(None, cache, **quiet) == wanted
-    assert data_imdb.read_imdb(None, cache, **quiet) == wanted
-    assert calls == [data_imdb.URL] * 2, "a checked archive was downloaded again"
-
-
-def test_a_cache_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file"):
-        data_imdb.download(tmp_path / "file" / "cache", **quiet)
+    tiny.unlink()
+    assert data_imdb.read_imdb(None, cache, **quiet) == wanted, "downloaded again"
 
 
 # ------------------------------------------------------------------------------ load
@@ -380,11 +386,15 @@ def test_tokens_are_the_reviews_and_are_mapped_from_the_disk(tmp_path):
     assert data.enc.n_vocab == 400 and data.eot == 399
 
 
-def test_a_second_load_reads_what_the_first_wrote(tmp_path, monkeypatch):
+def test_a_second_load_reads_what_the_first_wrote(tmp_path):
+    def written():
+        return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+
     first = data_imdb.load("toy", 300, tmp_path, 100, seed=0)
-    monkeypatch.setattr(data_imdb, "train_bpe", None)
-    assert same(first, data_imdb.load("toy", 300, tmp_path, 100, seed=0))
-    assert same(first, data_imdb.load("toy", "300", tmp_path, 100, seed=0)), "a flag's text"
+    before = written()
+    for vocab in (300, "300"):  # a flag's text
+        assert same(first, data_imdb.load("toy", vocab, tmp_path, 100, seed=0))
+    assert written() == before, "built again"
 
 
 def test_another_setting_never_reads_the_files(tmp_path, monkeypatch):
@@ -393,35 +403,21 @@ def test_another_setting_never_reads_the_files(tmp_path, monkeypatch):
     assert len({data.identity for data in loaded}) == len(settings)
     for data, (v, n, seed) in zip(loaded, settings):
         assert same(data, data_imdb.load("toy", v, tmp_path, n, seed))
-    grammar = tmp_path / "toy_reviews.py"
-    grammar.write_text("another grammar")
-    monkeypatch.setattr(data_imdb.toy_reviews, "__file__", str(grammar))
-    monkeypatch.setattr(data_imdb.toy_reviews, "reviews", lambda n, seed: [
-        f"review {i}" for i in range(n)])
-    data = data_imdb.load("toy", 300, tmp_path, 100, 0)
-    assert data.enc.decode(data.tokens["test"][0][1:]) == "review 0", "an edited grammar is stale"
+    (tmp_path / "edited.py").write_text("another grammar")
+    monkeypatch.setattr(data_imdb.toy_reviews, "__file__", str(tmp_path / "edited.py"))
+    data_imdb.load("toy", 300, tmp_path, 100, 0)
+    assert len(list(tmp_path.glob("toy-*"))) == 5, "an edited grammar read the old one's reviews"
 
 
-def test_killed_at_any_write_a_rerun_is_right(tmp_path, monkeypatch):
+def test_without_one_of_its_files_a_corpus_is_built_again(tmp_path):
+    """As after a kill: the last file may be missing, or all but the first."""
     wanted = data_imdb.load("toy", 300, tmp_path / "whole", 60, 0)
-    written = sorted(file.name for file in (tmp_path / "whole").rglob("*.*") if file.is_file())
-    write_whole = data_imdb.write_whole
-    for kill in range(len(written)):
-        folder, left = tmp_path / f"killed{kill}", [kill]
-
-        def dies(path, content):
-            if not left[0]:
-                raise ZeroDivisionError("killed")
-            left[0] -= 1
-            write_whole(path, content)
-
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(data_imdb, "write_whole", dies)
-            data_imdb.load("toy", 300, folder, 60, 0)
-        assert same(wanted, data_imdb.load("toy", 300, folder, 60, 0)), f"killed at {written[kill]}"
-    assert len(written) == 6
-    next((tmp_path / "whole").rglob("valid.npy")).unlink()
-    assert same(wanted, data_imdb.load("toy", 300, tmp_path / "whole", 60, 0)), "a file was lost"
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert len(list(whole.iterdir())) == 6
+    for file in whole.iterdir():
+        shutil.copytree(whole, tmp_path / file.name / whole.name)
+        (tmp_path / file.name / whole.name / file.name).unlink()
+        assert same(wanted, data_imdb.load("toy", 300, tmp_path / file.name, 60, 0)), file.name
 
 
 def test_imdb_loads_with_its_labels(tiny, tmp_path, monkeypatch):
@@ -442,18 +438,6 @@ def test_imdb_loads_with_its_labels(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("IMDB_PATH", str(write_archive(
         tmp_path / "other.tar.gz", tiny_reviews() | {"train/unsup/8_2.txt": "all new " * 99})))
     assert data_imdb.load("imdb", 400, tmp_path / "data", 0, 0, **quiet).identity != data.identity
-
-
-def test_load_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(UserError, match="19 reviews"):
-        data_imdb.load("toy", 300, tmp_path, 19, 0)
-    with pytest.raises(UserError, match="-1 reviews"):
-        data_imdb.load("imdb", 300, tmp_path, -1, 0)
-    with pytest.raises(UserError, match="vocabulary of gpt3"):
-        data_imdb.load("toy", "gpt3", tmp_path, 50, 0)
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write"):
-        data_imdb.load("toy", 300, tmp_path / "file", 50, 0)
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -492,8 +476,8 @@ OURS = {"prompt": "this film", "completions": [" is good", " is bad", ""],
         "rewards": [0.9, 0.1, 0.5], "prompt_ids": [E, 5, 6],
         "completion_ids": [[7, 8, E], [9], [E]]}
 PAIR = {"prompt": "this film", "chosen": " is good", "rejected": " is bad"}
-HH = {"chosen": "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: film?\n\nAssistant: good",
-      "rejected": "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: film?\n\nAssistant: bad film"}
+HH = {"chosen": "\n\nHuman: film?\n\nAssistant: good",
+      "rejected": "\n\nHuman: film?\n\nAssistant: bad"}
 
 
 def read(tmp_path, *rows, n_ctx=64):
@@ -525,30 +509,15 @@ def test_groups_come_back_exactly(tmp_path, has_reward):
     assert has_reward == (row["rewards"] is not None)
 
 
-def test_the_three_forms(tmp_path):
+def test_forms_of_one_k_may_share_a_file_and_without_rewards_the_best_stands_first(tmp_path):
     ours = read(tmp_path, OURS)
-    assert ours.prompt_ids == [[E, 5, 6]] and ours.completion_ids == [[[7, 8, E], [9], [E]]]
-    assert ours.has_reward and np.allclose(ours.rewards, [[0.9, 0.1, 0.5]])
-    pair = read(tmp_path, PAIR)
-    assert pair.prompt_ids == [[E, *encode("this film")]]
-    assert pair.completion_ids == [[[*encode(" is good"), E], [*encode(" is bad"), E]]]
-    assert not pair.has_reward and pair.rewards.tolist() == [[1, 0]]
-    hh = read(tmp_path, HH)
-    prompt = "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: film?\n\nAssistant:"
-    assert hh.prompt_ids == [[E, *encode(prompt)]], "the last mark that both share"
-    assert hh.completion_ids == [[[*encode(" good"), E], [*encode(" bad film"), E]]]
-    mixed = read(tmp_path, PAIR, "", HH | {"extra": 1})
-    assert len(mixed.prompt_ids) == 2, "two forms of K = 2 may share a file, with empty lines"
-
-
-def test_ours_written_by_hand(tmp_path):
-    texts = ["good", "bad", "yes", "no"]
-    got = read(tmp_path, {"prompt": "this film ☃\u2028", "completions": texts})
-    assert got.prompt_ids == [[E, *encode("this film ☃\u2028")]]
-    assert got.completion_ids == [[[*encode(text), E] for text in texts]]
-    assert not got.has_reward and (np.diff(got.rewards[0]) < 0).all(), "no rewards: best first"
-    got = read(tmp_path, {"prompt": "", "completions": texts, "rewards": [0, 1, 0.5, 0.5]})
-    assert got.prompt_ids == [[E]] and got.rewards.tolist() == [[0, 1, 0.5, 0.5]]
+    assert ours.completion_ids == [OURS["completion_ids"]] and ours.has_reward
+    assert np.allclose(ours.rewards, [OURS["rewards"]])
+    mixed = read(tmp_path, PAIR, "", HH)
+    assert len(mixed.prompt_ids) == 2 and not mixed.has_reward
+    assert mixed.rewards.tolist() == [[1, 0], [1, 0]]
+    ranked = read(tmp_path, {"prompt": "x", "completions": ["good", "yes", "no", "bad"]})
+    assert (np.diff(ranked.rewards[0]) < 0).all() and not ranked.has_reward
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -565,60 +534,34 @@ def test_what_is_left_out_is_counted(tmp_path):
         read(tmp_path, PAIR, n_ctx=length - 1)
 
 
-BAD = {
-    "malformed JSON": ('{"prompt": "this', "JSON"),
-    "a NaN reward": (json.dumps(OURS).replace("0.9", "NaN"), "finite"),
-    "not an object": ("[1, 2]", "object"),
-    "other keys": ({"question": "x", "answer": "y"}, "keys"),
-    "half a pair": ({"prompt": "x", "chosen": "y"}, "keys"),
-    "a prompt that is no text": (PAIR | {"prompt": 3}, "prompt"),
-    "a null prompt": (PAIR | {"prompt": None}, "prompt"),
-    "no prompt": ({"completions": ["a", "b"], "rewards": [0, 1]}, "prompt"),
-    "chat messages": (PAIR | {"chosen": [{"role": "user"}]}, "texts"),
-    "completions in one text": (OURS | {"completions": "abc"}, "list"),
-    "one completion": ({"prompt": "x", "completions": ["a"], "rewards": [1]}, "two or more"),
-    "an empty completion": (PAIR | {"rejected": " \n"}, "empty"),
-    "empty completion ids": (OURS | {"completion_ids": [[7], [], [E]]}, "empty"),
-    "empty prompt ids": (OURS | {"prompt_ids": []}, "empty"),
-    "no prompt ids": (OURS | {"prompt_ids": None}, "prompt_ids"),
-    "too few ids": (OURS | {"completion_ids": [[7], [8]]}, "completion_ids"),
-    "ids as text": (OURS | {"completion_ids": "ids"}, "completion_ids"),
-    "ids that are no integers": (OURS | {"completion_ids": [[7], [8.0], [E]]}, "integers"),
-    "ids that are booleans": (OURS | {"prompt_ids": [E, True]}, "integers"),
-    "an id beyond the vocabulary": (OURS | {"prompt_ids": [E, E + 1]}, f"ids from 7 to {E + 1}"),
-    "a negative id": (OURS | {"completion_ids": [[7], [-1], [E]]}, "got ids from -1"),
-    "too few rewards": (OURS | {"rewards": [1, 0]}, "rewards"),
-    "rewards that are no numbers": (OURS | {"rewards": ["1", "2", "3"]}, "rewards"),
-    "one reward for all": (OURS | {"rewards": 0.5}, "rewards"),
-    "a dialogue without a mark": ({"chosen": "good", "rejected": "bad"}, "Assistant:"),
-    "another K": (OURS | {"completions": ["a", "b"], "completion_ids": [[7], [8]],
-                          "rewards": [1, 0]}, "as many completions"),
-    "JSON too deep to read": ("[" * 100_000, "JSON"),
-    "a reward of four hundred digits": (json.dumps(OURS).replace("0.9", "9" * 400), "finite"),
-    "a reward past float32": (json.dumps(OURS).replace("0.9", "1e39"), "finite"),
-    "an infinite reward": (json.dumps(OURS).replace("0.9", "1e999"), "finite"),
-    "no rewards among rewards": (OURS | {"rewards": None}, "rewards"),
-}
+def test_gathered_groups_of_equal_rewards_are_left_out_and_counted():
+    samples = [[i] for i in range(6)]
+    groups = gather_groups([[7], [8], [9]], samples, [0.1, 0.2, 0.5, 0.5, 0.9, 0.1])
+    assert groups.prompt_ids == [[7], [9]] and groups.dropped == {"equal rewards": 1}
+    assert groups.completion_ids == [[[0], [1]], [[4], [5]]] and groups.has_reward
+    assert groups.K == 2 and groups.rewards.dtype == np.float32
+    np.testing.assert_allclose(groups.rewards, [[0.1, 0.2], [0.9, 0.1]], rtol=1e-6)
+    with pytest.raises(UserError, match="same reward: nothing to prefer"):
+        gather_groups([[7], [8]], samples, np.ones(6))
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_groups_are_refused_with_their_line(tmp_path, case):
-    row, what = BAD[case]
-    first = OURS if "completions" in str(row) else PAIR  # so that only `row` is at fault
-    with pytest.raises(UserError, match=r"groups\.jsonl, line 3: ") as caught:
-        read(tmp_path, first, "", row)
-    assert what in str(caught.value) and "\n" not in str(caught.value), caught.value
+def test_flat_groups_have_one_prompt_per_completion():
+    groups = Groups([[7], [8], [9]], [[[1], [2]], [[3], [4, 5]], [[6], [0]]], None, True)
+    for picks in ([2, 0], np.array([2, 0])):
+        assert groups.flat(picks) == ([[9], [9], [7], [7]], [[6], [0], [1], [2]])
 
 
-def test_a_groups_file_with_nothing_to_learn(tmp_path):
-    for rows in ([], [OURS | {"rewards": [1, 1, 1]}]):
-        with pytest.raises(UserError, match=r"groups\.jsonl has no group to learn from"):
-            read(tmp_path, *rows)
-    with pytest.raises(UserError, match="nowhere"):
-        data_imdb.read_groups(tmp_path / "nowhere.jsonl", ENC, 64)
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(UserError, match="line 1: wanted JSON in UTF-8"):
-        data_imdb.read_groups(tmp_path / "latin.jsonl", ENC, 64)
+def test_a_tenth_of_the_prompts_is_held_out_whatever_their_order():
+    rng = np.random.default_rng(0)
+    prompts = [[0, int(i)] for i in rng.integers(0, 100, 300)]  # many twice
+    train, held = split_prompts(prompts)
+    distinct, away = {tuple(p) for p in prompts}, {tuple(prompts[i]) for i in held}
+    assert sorted(train + held) == list(range(300)) and len(away) == len(distinct) // 10
+    assert not away & {tuple(prompts[i]) for i in train}, "a prompt on both sides"
+    order = rng.permutation(300)
+    _, again = split_prompts([prompts[i] for i in order])
+    assert {tuple(prompts[order[i]]) for i in again} == away, "the split depends on the order"
+    assert [len(x) for x in split_prompts([[0, 1], [0, 2], [0, 3]])] == [1, 2], "two: an error bar"
 
 
 # ------------------------------------------------------------------------------ main, real data
@@ -632,9 +575,8 @@ def test_main_shows_prompts_completions_rewards_pairs(tmp_path, monkeypatch, cap
 
 def test_importing_does_not_need_torch():
     code = "import sys, data_imdb; sys.exit('torch' in sys.modules)"
-    root = Path(data_imdb.__file__).parent
-    assert os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-c", code],
-                      os.environ | {"PYTHONPATH": str(root)}) == 0
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data_imdb.__file__).parent)
+    assert done.returncode == 0
 
 
 @pytest.fixture(scope="session")
@@ -661,6 +603,6 @@ def test_real_imdb_splits_share_no_text(real):
 
 
 def test_real_imdb_in_tokens(real):
-    texts = [review.text for review in real[0]["train"][:2000]]
+    texts = [review.text for review in real[0]["train"][:500]]
     enc = train_bpe(texts, 600)
     assert enc.n_vocab == 600 and all(enc.decode(enc.encode_ordinary(t)) == t for t in texts)

@@ -1,22 +1,33 @@
-"""Laws of evaluate.py: the KL is the enumerated KL, and nothing lies above the optimum."""
+"""Laws of evaluate.py: the KL is the enumerated KL, nothing lies above the optimum, and the table
+shows what the files say."""
 
 import json
 import math
 import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import folder
 
 import evaluate as module
+from data_imdb import load_encoding
 from evaluate import (
     correlation,
     distinct2,
     evaluate,
+    held_out_measures,
+    jackknife_optimum,
     optimal_frontier,
     optimal_reward,
+    pairwise_accuracy,
+    rank_correlation,
     repetition,
     sequence_kl,
     standard_error,
+    write_samples,
 )
 from gpt import GPT, GPTConfig, pad_rows
 
@@ -67,6 +78,12 @@ def scored(policy, reference, prompt, completions, temperature=1.0):
                        temperature=temperature)
 
 
+def drawn(seed):
+    """The `sample` that evaluate takes."""
+    return lambda model, prompts, temperature: model.sample(prompts, MAX_NEW, EOS, seed,
+                                                            temperature)
+
+
 # ------------------------------------------------------------------------------ sequence KL
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0, 0.0])
@@ -89,14 +106,14 @@ def test_both_estimators_have_the_enumerated_kl_as_their_mean(pair, prompt, temp
 def test_means_over_samples_are_within_four_standard_errors(pair):
     prompt = PROMPTS[1]
     exact = sum(math.exp(a) * (a - b) for _, a, b in enumerated(*pair, prompt))
-    point = evaluate(*pair, [prompt] * 4000, None, EOS, MAX_NEW, seed=0)
+    point = evaluate(*pair, [prompt] * 4000, None, drawn(0), EOS)
     for name in ("kl", "kl_mc"):
         z = (point[name] - exact) / point[name + "_se"]
         assert abs(z) < 4, f"{name} = {point[name]:.4f} is {z:.1f} standard errors off {exact:.4f}"
     assert point["kl_se"] < point["kl_mc_se"]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_near_the_reference_the_per_step_kl_has_the_smaller_variance(seed):
     """At a distance of ε it varies by ε², one sample's estimate by ε. Far away there is no law."""
     ratios = []
@@ -167,15 +184,23 @@ def test_the_blocks_of_the_head_change_nothing(pair, monkeypatch):
 HAND = [[0, 1, EOS], [1, 1, 1, 1, 1], [2, EOS], [EOS]]  # tokens: 3, 5, 2, 1
 
 
-def by_hand(pair, **kwargs):
-    worth = torch.tensor([0.1, 0.2, 0.6, 0.7])
-    return evaluate(*pair, [[0]] * 4, lambda prompts, completions: worth, EOS, MAX_NEW, 0,
-                    completions=HAND, grammatical=lambda prompts, completions: 0.25, **kwargs)
+class Judge:
+    """r* of the four completions, with the toy's share of grammatical sentences."""
+
+    def __call__(self, prompts, completions):
+        return torch.tensor([0.1, 0.2, 0.6, 0.7])
+
+    def grammatical(self, prompts, completions):
+        return 0.25
+
+
+def by_hand(pair):
+    return evaluate(*pair, [[0]] * 4, Judge(), lambda *_: HAND, EOS)
 
 
 def test_a_points_fields_on_a_hand_made_list(pair):
     point = by_hand(pair)
-    assert point["completions"] is HAND and point["samples"] == 4 and point["temperature"] == 1.0
+    assert point["completions"] == HAND and point["samples"] == 4 and point["temperature"] == 1.0
     assert point["eos"] == 3 / 4, "the share that ended itself"
     assert point["length"] == 11 / 4, "in tokens, the end included"
     assert point["grammatical"] == 0.25
@@ -200,39 +225,31 @@ def test_ref_ppl_is_exp_of_all_nll_over_all_tokens(pair):
 
 
 def test_without_a_reward_its_fields_are_none(pair):
-    point = evaluate(*pair, PROMPTS, None, EOS, MAX_NEW, seed=0)
+    point = evaluate(*pair, PROMPTS, None, drawn(0), EOS)
     assert point["reward"] is None and point["reward_se"] is None and point["grammatical"] is None
     assert "rewards" not in point and len(point["kls"]) == len(PROMPTS)
 
 
-def test_rows_at_once_change_nothing(pair):
+def test_the_batch_size_changes_nothing(pair):
     """Prompts of other lengths in the batch, and other batches, leave each prompt's numbers."""
     many = PROMPTS * 3
-    points = [evaluate(*pair, many, None, EOS, MAX_NEW, seed=3, rows=rows) for rows in (1, 4, 512)]
+    points = [evaluate(*pair, many, None, drawn(3), EOS, batch_size=n) for n in (1, 4, 512)]
     for point in points[1:]:
         assert point["completions"] == points[0]["completions"]
         assert abs(point["kl"] - points[0]["kl"]) < 1e-5
         assert abs(point["ref_ppl"] - points[0]["ref_ppl"]) < 1e-4
 
 
-def test_same_seed_same_samples_and_the_reward_is_given_them(pair):
+def test_the_reward_is_given_the_prompts_and_what_was_sampled(pair):
     seen = []
 
     def reward(prompts, completions):
         seen.append((prompts, completions))
         return torch.zeros(len(prompts))
 
-    many = PROMPTS * 20
-    a, b = (evaluate(*pair, many, reward, EOS, MAX_NEW, seed=5) for _ in range(2))
-    assert a == b, "one seed, two points"
-    assert seen[0] == (many, a["completions"])
-    other = evaluate(*pair, many, reward, EOS, MAX_NEW, seed=6)
-    assert other["completions"] != a["completions"], "another seed, the same samples"
-    reference = evaluate(pair[1], pair[1], many, reward, EOS, MAX_NEW, seed=5)
-    assert reference["kl"] == reference["kl_mc"] == 0
-    alike = sum(x == y for x, y in zip(reference["completions"], a["completions"]))
-    by_chance = sum(x == y for x, y in zip(reference["completions"], other["completions"]))
-    assert alike > by_chance, "with one seed, two policies should meet the same luck"
+    a, b = (evaluate(*pair, PROMPTS * 20, reward, drawn(5), EOS) for _ in range(2))
+    assert a == b, "the same samples, two points"
+    assert seen[0] == (PROMPTS * 20, a["completions"])
 
 
 def test_the_kl_is_of_the_policy_at_the_temperature_it_is_sampled_at(pair):
@@ -240,7 +257,7 @@ def test_the_kl_is_of_the_policy_at_the_temperature_it_is_sampled_at(pair):
     for temperature in (0.0, 0.5, 1.0):
         ys = enumerated(*pair, [0, 1], temperature)
         kls[temperature] = sum(math.exp(a) * (a - b) for _, a, b in ys)
-        point = evaluate(*pair, [[0, 1]] * 1000, None, EOS, MAX_NEW, 0, temperature)
+        point = evaluate(*pair, [[0, 1]] * 1000, None, drawn(0), EOS, temperature)
         assert point["temperature"] == temperature
         for name in ("kl", "kl_mc"):
             gap, se = abs(point[name] - kls[temperature]), point[name + "_se"]
@@ -359,15 +376,72 @@ def test_a_tiny_beta_neither_overflows_nor_goes_past_log_k(rewards, beta):
     json.dumps(point, allow_nan=False)
 
 
+def test_the_jackknife_takes_the_bias_of_few_samples_away():
+    """Rewards are 0 or 1 as a coin falls, 16 samples per prompt; Eq. 4's policy is known."""
+    best = 1 / (1 + math.exp(-1))  # at β = 1
+    kl = math.log(2) + best * math.log(best) + (1 - best) * math.log(1 - best)
+    coins = torch.randint(2, (20_000, 16), generator=torch.Generator().manual_seed(0))
+    (plain,), (point,) = (f(coins, [1.0]) for f in (optimal_frontier, jackknife_optimum))
+    for key, exact in (("reward", best), ("kl", kl)):
+        se = point[key + "_se"]
+        off, before = abs(point[key] - exact) / se, abs(plain[key] - exact) / se
+        assert before > 5, f"{key}: {before:.1f} standard errors off, too little to correct"
+        assert off < before / 2, f"{key}: {before:.1f} standard errors off, then {off:.1f}"
+
+
+def test_the_jackknife_is_twice_the_whole_less_the_mean_of_two_disjoint_halves(rewards):
+    """With samples 0, 2, 4 ... in one half and 1, 3, 5 ... in the other."""
+    for point in jackknife_optimum(rewards, [0.3, 0.1]):
+        for i, key in enumerate(("reward", "kl")):
+            each = [2 * gibbs(row[None], point["beta"])[i] - statistics.mean(
+                gibbs(row[None, half::2], point["beta"])[i] for half in (0, 1)) for row in rewards]
+            np.testing.assert_allclose(point[key + "s"], each, atol=3e-4)  # four digits
+            assert point[key] == pytest.approx(statistics.mean(each), abs=2e-4)
+            se = statistics.stdev(each) / math.sqrt(len(each))
+            assert point[key + "_se"] == pytest.approx(se, abs=2e-4)
+
+
 def test_optimal_reward_interpolates_where_the_curve_can_be_trusted():
-    curve = [dict(kl=2.0, reward=0.9, ess=5), dict(kl=0.0, reward=0.5, ess=64),
-             dict(kl=1.0, reward=0.8, ess=20), dict(kl=3.0, reward=0.95, ess=2)]
+    curve = [dict(kl=2.0, reward=0.9, ess=2), dict(kl=0.0, reward=0.5, ess=64),
+             dict(kl=1.0, reward=0.8, ess=20), dict(kl=3.0, reward=0.95, ess=1.9)]
     for kl, reward in ((0.0, 0.5), (0.5, 0.65), (1.0, 0.8), (1.5, 0.85), (2.0, 0.9)):
         assert abs(optimal_reward(curve, kl) - reward) < 1e-12, f"at {kl}"
-    assert optimal_reward(curve, 2.5) is None, "past the last point with ess >= 4"
+    assert optimal_reward(curve, 2.5) is None, "past the last point with ess >= 2"
     assert optimal_reward(curve, -0.1) is None and optimal_reward(curve, math.nan) is None
     assert optimal_reward([], 1.0) is None
     assert optimal_reward([curve[1]] * 2, 0.0) == 0.5, "equal points"
+
+
+# ------------------------------------------------------------------------------ agreement with r*
+
+
+def test_pairwise_accuracy_counts_a_tie_as_half():
+    a, b = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0, 1.0, 2.0])
+    assert pairwise_accuracy(a, b).tolist() == [0, 1, 0.5]
+    assert pairwise_accuracy(a.numpy(), b.numpy()).tolist() == [0, 1, 0.5], "of NumPy's arrays too"
+
+
+def test_held_out_accuracy_is_the_share_of_pairs_in_order():
+    rewards = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.2, 0.7]])  # 3 pairs and 2: a tie has no winner
+    ref_logps = torch.tensor([-3.0, -4.0, -5.0, -6.0, -7.0, -8.0])
+    right = held_out_measures(ref_logps + rewards.flatten(), ref_logps, rewards)
+    assert right["accuracy"] == 1
+    assert right["logp_chosen"] == pytest.approx((2 * -2.1 - 4.5 + 2 * -7.3) / 5)
+    assert right["logp_rejected"] == pytest.approx((-4.5 + 2 * -3.9 - 5.8 - 6.8) / 5)
+    for h, accuracy in ((-rewards.flatten(), 0), (0, 0.5),  # π_ref has no view
+                        (torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0, 0.5]), 2 / 5)):
+        got = held_out_measures(ref_logps + h, ref_logps, rewards)["accuracy"]
+        assert got == pytest.approx(accuracy)
+
+
+def test_rank_correlation_is_spearmans_within_a_prompt():
+    r = torch.tensor([[1.0, 2, 3, 4], [0.9, 0.1, 0.5, 0.7]])
+    other = r.exp() * 7 + torch.tensor([[100.0], [-5.0]])  # another scale and f(x): the same order
+    assert rank_correlation(other, r) == pytest.approx(1, abs=1e-6)
+    assert rank_correlation(-r, r) == pytest.approx(-1, abs=1e-6)
+    assert rank_correlation(torch.tensor([[2.0, 1, 3, 4]]), r[:1]) == pytest.approx(0.8, abs=1e-6)
+    tied = rank_correlation(torch.tensor([[1.0, 1, 3, 4]]), r[:1])
+    assert tied == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-6), "tied ranks are averaged"
 
 
 def test_near_the_reference_the_correlation_is_the_share_of_the_optimal_gain():
@@ -382,3 +456,51 @@ def test_near_the_reference_the_correlation_is_the_share_of_the_optimal_gain():
     assert best["kl"] == pytest.approx(float(kl), rel=1e-2), "Eq. 4's policy at the same KL"
     assert 0.5 < want < 0.9
     assert float(gain) / (best["reward"] - float(r.mean())) == pytest.approx(want, rel=1e-2)
+
+
+# ------------------------------------------------------------------------------ what a run prints
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_the_table_shows_the_files_numbers(chain):
+    result = read(folder(chain.out, "dpo") / "result.json")
+    reference_eval = read(folder(chain.out, "groups") / "reference.json")
+    lines = chain.text.splitlines()
+    (head,) = [line for line in lines if "reward r*" in line]
+    for column in ("KL, nats", "length", "ended", "repeated", "grammatical", "held-out acc."):
+        assert column in head
+    for name, row in (("π_ref", reference_eval["point"]), ("π_θ, β 0.5", result)):
+        (line,) = [line for line in lines if line.startswith(name)]
+        for key in ("reward", "kl", "length", "eos", "repetition", "grammatical"):
+            assert f"{row[key]:.3f}" in line, f"{key} in {line!r}"
+    assert f"{result['accuracy']:.3f}" in line
+    (line,) = [line for line in lines if line.startswith("optimum at that KL")]
+    best = optimal_reward(reference_eval["optimum"], result["kl"])
+    assert ("-" if best is None else f"{best:.3f}") in line and f"{result['kl']:.3f}" in line
+    for name in ("curves.png", "samples.txt"):
+        assert str(folder(chain.out, "dpo") / name) in chain.text, f"{name}'s path is not printed"
+    assert (folder(chain.out, "dpo") / "samples.txt").read_text().splitlines()[0] in lines
+
+
+def test_samples_stand_side_by_side(chain, tmp_path):
+    """The same prompts by π_ref and by the policy; "…" where a completion did not end itself."""
+    enc = load_encoding(folder(chain.out, "dpo") / "bpe.tiktoken")
+    reference_eval = read(folder(chain.out, "groups") / "reference.json")
+    ids = enc.encode_ordinary(" was\ndull.")
+    job = SimpleNamespace(data=SimpleNamespace(enc=enc, eot=enc.eot_token),
+                          reference_eval=reference_eval)
+    after = dict(completions=[[*ids, enc.eot_token], ids] * 4, rewards=[0.25, 0.875] * 4)
+    write_samples(job, SimpleNamespace(path=lambda name: Path(tmp_path / name)), after, n=6)
+    blocks = (tmp_path / "samples.txt").read_text().strip("\n").split("\n\n")
+    assert len(blocks) == 6
+    for i, block in enumerate(blocks):
+        prompt, before, last = block.splitlines()
+        assert prompt == "prompt:  " + enc.decode(reference_eval["prompts"][i][1:])
+        assert before.startswith(f"before:  r* {reference_eval['point']['rewards'][i]:.2f} |")
+        assert last == "after:   r* " + ("0.88 | was dull. …" if i % 2 else "0.25 | was dull.")
+    del after["rewards"]
+    write_samples(job, SimpleNamespace(path=lambda name: Path(tmp_path / name)), after)
+    assert "after:   r* - |" in (tmp_path / "samples.txt").read_text(), "no r* of a preference file"

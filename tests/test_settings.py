@@ -1,16 +1,30 @@
-"""Laws of support/settings.py: every setting a flag, each in one group, every bad value one sentence."""
+"""Laws of support/settings.py: every setting is a flag in one group, and a setting renames the
+stages that it decides and no other. Bad values are rows of test_mistakes.py."""
 
 import re
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
-from conftest import command, refused
+from conftest import command
 
-import pipeline
-from pipeline import STAGES, parents
-from stages import SETTINGS_OF
-from support.runs import UserError
-from support.settings import GROUPS, PRESETS, TOY, Settings, belonging, check, parse, suffix
+import train
+from support.runs import UserError, file_hash
+from support.settings import (
+    GROUPS,
+    OTHER_LOSSES,
+    PRESETS,
+    SETTINGS_OF,
+    TOY,
+    Settings,
+    check,
+    parse,
+    run_name,
+    settings_of,
+    stage_of,
+    user_files,
+)
+
+FIELDS = pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
 
 
 def group(f) -> str:
@@ -32,72 +46,81 @@ def changed(f) -> Settings:
 # ------------------------------------------------------------------------------ flags
 
 
-@pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
+@FIELDS
 def test_every_field_is_a_flag(f):
     flag, value = "--" + f.name.replace("_", "-"), other_value(f)
     value = {"vocab": "gpt2", "n_head": TOY.n_embd, "n_embd": 3 * TOY.n_embd}.get(f.name, value)
     given = [flag] if f.type is bool else [flag, str(value)]
     given += ["--groups", "a.jsonl"] if f.name == "reference" else []
-    *_, settings = parse(["--preset", "toy", *given], STAGES, cuda=False)
-    assert getattr(settings, f.name) == value and type(getattr(settings, f.name)) is f.type
+    *_, cfg = parse(["--preset", "toy", *given], cuda=False)
+    assert getattr(cfg, f.name) == value and type(getattr(cfg, f.name)) is f.type
     also = {"groups": "a.jsonl"} if f.name == "reference" else {}
-    assert settings == replace(TOY, **{f.name: value}, **also), f"{flag} changes more than it says"
+    assert cfg == replace(TOY, **{f.name: value}, **also), f"{flag} changes more than it says"
 
 
-def test_help_has_every_flag_in_its_group_and_no_format_codes(monkeypatch):
+@pytest.mark.parametrize("stage", SETTINGS_OF)
+def test_help_shows_the_flags_that_the_stage_depends_on(stage, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
-    text = command("--help")
-    assert text.code == 0 and not text.err
-    assert "%%" not in text.out and "%(" not in text.out, "an unformatted % in --help"
-    assert max(map(len, text.out.splitlines())) <= 90
-    places = [text.out.index(f"\n{title}:\n") for title in GROUPS.values()]
-    assert places == sorted(places), "groups out of order"
-    sections = dict(zip(GROUPS, (text.out[a:b] for a, b in zip(places, [*places[1:], None]))))
+    result = command("--stage", stage, "--help")
+    assert result.code == 0 and not result.err
+    assert "%%" not in result.out and "%(" not in result.out, "an unformatted % in --help"
+    assert max(map(len, result.out.splitlines())) <= 90
+    places = {group: result.out.find(f"\n{title}:\n") for group, title in GROUPS.items()}
+    there = [group for group in GROUPS if places[group] >= 0]
+    assert set(there) == {*SETTINGS_OF[stage], "run"}
+    assert sorted(there, key=places.get) == there, "groups out of order"
     for f in fields(Settings):
-        flag = "\n  --" + f.name.replace("_", "-")
-        assert re.search(flag + r"[ ,\n]", sections[group(f)]), f"{flag} is not under {group(f)}"
-    for stage in STAGES:
-        assert stage in text.out
+        found = re.search(r"\n  --" + f.name.replace("_", "-") + r"[ ,\n]", result.out)
+        assert bool(found) == (group(f) in there), f.name
+        if found:
+            assert found.start() > places[group(f)], f"{f.name} is not under {group(f)}"
+            following = [places[g] for g in there if places[g] > places[group(f)]]
+            assert found.start() < min(following, default=len(result.out)), f.name
+    assert all(name in result.out for name in SETTINGS_OF), "a stage that nobody hears of"
 
 
 def test_every_field_says_what_it_is_for():
     for f in fields(Settings):
-        assert f.metadata["help"], f"{f.name} has no reason beside it"
-        assert group(f) in GROUPS, f"{f.name} is in no group"
+        assert f.metadata["help"] and group(f) in GROUPS, f.name
 
 
 def test_the_preset_is_chosen_by_the_device_and_says_so():
-    assert parse([], STAGES, cuda=True)[:3] == ("dpo", "imdb", "CUDA is here")
-    stage, preset, reason, settings = parse([], STAGES, cuda=False)
-    assert (stage, preset, settings) == ("dpo", "toy", TOY) and "CUDA" in reason
+    assert parse([], cuda=True)[:3] == ("dpo", "imdb", "CUDA is here")
+    assert parse(["--device", "cpu"], cuda=True)[1] == "toy"
+    stage, preset, reason, cfg = parse([], cuda=False)
+    assert (stage, preset, cfg) == ("dpo", "toy", TOY) and "CUDA" in reason
     for name in PRESETS:
-        got = parse(["--preset", name, "--stage", "sft"], STAGES, cuda=True)
+        got = parse(["--preset", name, "--stage", "sft"], cuda=True)
         assert got == ("sft", name, "--preset", PRESETS[name])
+
+
+def test_the_stage_is_known_before_the_rest_is_read():
+    """train.py hands a stage of experiments/ over before it looks at any other flag."""
+    assert stage_of([]) == "dpo" and stage_of(["--no-such-flag", "--stage", "ppo"]) == "ppo"
+    for stage in OTHER_LOSSES:
+        assert parse(["--stage", stage], cuda=False)[3].loss == stage, "dpo with another loss"
 
 
 # ------------------------------------------------------------------------------ presets
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid_and_frozen(name):
-    check(PRESETS[name])
+def test_presets_are_valid_and_frozen_and_a_sample_fits_the_context(name):
+    cfg = PRESETS[name]
+    check(cfg)
     with pytest.raises(FrozenInstanceError):
-        PRESETS[name].beta = 1.0
+        cfg.beta = 1.0
+    assert cfg.max_new_tokens + 9 <= cfg.n_ctx, "<|endoftext|>, 8 tokens of prompt, a completion"
 
 
 def test_gpt2_large_is_the_papers_setting():
     """Appendix B and C.1: RMSprop at 1e-6, 150 steps of warm-up, β 0.1, 4 completions of each of
     25,000 prompts, batches of 64 pairs, the siebert judge."""
-    s = PRESETS["gpt2-large"]
-    assert (s.dpo_optimizer, s.dpo_lr, s.dpo_warmup, s.beta) == ("rmsprop", 1e-6, 150, 0.1)
-    assert (s.prompts, s.completions, s.reward, s.init) == (25_000, 4, "siebert", "gpt2-large")
-    assert s.dpo_batch == round(64 / 6), "11 groups of 6 pairs are nearest to 64"
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_sample_and_its_prompt_fit_the_context(name):
-    s = PRESETS[name]
-    assert s.max_new + 9 <= s.n_ctx, "<|endoftext|>, 8 tokens of prompt, and the completion"
+    cfg = PRESETS["gpt2-large"]
+    assert (cfg.dpo_optimizer, cfg.dpo_lr, cfg.dpo_warmup, cfg.beta) == ("rmsprop", 1e-6, 150, 0.1)
+    assert (cfg.prompts, cfg.num_completions, cfg.reward) == (25_000, 4, "siebert")
+    assert cfg.init == "gpt2-large"
+    assert cfg.dpo_batch == round(64 / 6), "11 groups of 6 pairs are nearest to 64"
 
 
 # ------------------------------------------------------------------------------ identity
@@ -105,93 +128,70 @@ def test_a_sample_and_its_prompt_fit_the_context(name):
 
 def test_groups_and_stages_agree():
     assert {group(f) for f in fields(Settings)} == set(GROUPS), "a group without title or setting"
-    assert SETTINGS_OF.keys() == STAGES.keys()
+    assert SETTINGS_OF.keys() == train.STAGES.keys()
     used = {g for groups in SETTINGS_OF.values() for g in groups}
     assert used == set(GROUPS) - {"run"}, "a group that decides nothing, or `run` that does"
 
 
-@pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
+@FIELDS
 def test_a_setting_moves_the_stages_of_its_group_only(f):
-    s = changed(f)
+    cfg = changed(f)
     for stage, groups in SETTINGS_OF.items():
-        same = belonging(s, groups) == belonging(TOY, groups), suffix(s, TOY, groups) == ""
+        same = settings_of(cfg, groups) == settings_of(TOY, groups), \
+            run_name(cfg, TOY, groups) == ""
         other = group(f) not in groups
         assert same == (other, other), f"{f.name} ({group(f)}) and {stage}"
 
 
-def test_a_stage_depends_on_all_that_its_parents_depend_on():
-    for stage in SETTINGS_OF:
-        for parent in parents(stage, replace(TOY, corpus="imdb")):
-            missing = set(SETTINGS_OF[parent]) - set(SETTINGS_OF[stage])
-            assert not missing, f"{stage} reads {parent}, whose {missing} would not rename it"
+@pytest.mark.parametrize("stage", SETTINGS_OF)
+def test_a_stage_depends_on_all_that_its_parents_depend_on(stage):
+    cfg = replace(TOY, groups="a.jsonl") if stage == "chosen" else replace(TOY, corpus="imdb")
+    for parent in train.STAGES[stage].parents(cfg):
+        missing = set(SETTINGS_OF[parent]) - set(SETTINGS_OF[stage])
+        assert not missing, f"{stage} reads {parent}, whose {missing} would not rename it"
 
 
 def test_folders_of_other_settings_have_other_names():
     everything = tuple(set(GROUPS) - {"run"})
-    names = [suffix(changed(f), TOY, everything) for f in fields(Settings) if group(f) != "run"]
+    names = [run_name(changed(f), TOY, everything) for f in fields(Settings) if group(f) != "run"]
     assert "" not in names and len(set(names)) == len(names)
-    assert suffix(replace(TOY, beta=1.0, weight="constant"), TOY, ("dpo",)) == "-constant-beta1.0"
+    cfg = replace(TOY, beta=1.0, weight="constant")
+    assert run_name(cfg, TOY, ("dpo",)) == "-constant-beta1.0"
 
 
-def test_a_suffix_is_a_folder_name():
-    s = replace(TOY, groups="../é data/my prefs.jsonl", weight="/a/b/" + "c" * 300 + ".py:w")
-    name = suffix(s, TOY, SETTINGS_OF["dpo"])
+def test_a_run_name_is_a_folder_name():
+    cfg = replace(TOY, groups="../é data/my prefs.jsonl", weight="/a/b/" + "c" * 300 + ".py:w")
+    name = run_name(cfg, TOY, SETTINGS_OF["dpo"])
     assert re.fullmatch(r"[-\w.]+", name, re.ASCII) and len(name) < 240, name
     everything = Settings(**{f.name: other_value(f) for f in fields(Settings)})
-    long, longer = (suffix(replace(everything, dpo_lr=lr), TOY, SETTINGS_OF["dpo"])
+    long, longer = (run_name(replace(everything, dpo_lr=lr), TOY, SETTINGS_OF["dpo"])
                     for lr in (0.5, 0.75))
-    assert len("groups" + long) < 256, "more than a file system's name holds"
-    assert long != longer, "cut, two settings share a folder"
+    assert len("unlikelihood" + long) < 256, "more than a file system's name holds"
+    assert long != longer, "two long names share a folder"
+
+
+def test_what_a_user_gave_is_a_parent_of_the_stages_that_read_it(tmp_path):
+    for name in ("g.jsonl", "w.py", "m.py", "model.pt"):
+        (tmp_path / name).write_text(name)
+    file = {name: str(tmp_path / name) for name in ("g.jsonl", "w.py", "m.py")}
+    cfg = replace(TOY, groups=file["g.jsonl"], weight=file["w.py"] + ":f", dpo_module=file["m.py"],
+                  init="gpt2", reference=str(tmp_path))
+    mine = {"sft": {"gpt2": ""}, "chosen": {"gpt2": "", file["g.jsonl"]: "g.jsonl"},
+            "groups": {file["g.jsonl"]: "g.jsonl", str(tmp_path): "model.pt"},
+            **dict.fromkeys(("dpo", *OTHER_LOSSES), {file["w.py"]: "w.py", file["m.py"]: "m.py"})}
+    for stage in SETTINGS_OF:
+        wanted = {path: name and file_hash(tmp_path / name)
+                  for path, name in mine.get(stage, {}).items()}
+        assert user_files(cfg, stage) == wanted, stage
+        assert user_files(TOY, stage) == {}, "nothing was given"
 
 
 # ------------------------------------------------------------------------------ bad values
 
 
-BAD = {
-    "an unknown stage": ("--stage dop", "dop", "sft"),
-    "an unknown preset": ("--preset gpt3", "gpt3", "gpt2-large"),
-    "an unknown flag": ("--dpo-rate 1", "--dpo-rate"),
-    "a flag cut short": ("--sft-step 10", "--sft-step"),
-    "a stray word": ("dpo", "dpo"),
-    "no value": ("--beta", "--beta"),
-    "a word for a number": ("--sft-steps many", "--sft-steps", "many"),
-    "a fraction for a count": ("--sft-steps 1.5", "--sft-steps"),
-    "an unknown choice": ("--loss ranking", "plackett-luce"),
-    "no steps": ("--sft-steps 0", "--sft-steps is 0", "at least 1"),
-    "an empty batch": ("--dpo-batch 0", "--dpo-batch is 0"),
-    "a negative rate": ("--dpo-lr -1", "--dpo-lr is -1"),
-    "a rate that is no number": ("--dpo-lr nan", "--dpo-lr is nan"),
-    "beta zero": ("--beta 0", "--beta is 0", "positive"),
-    "beta below zero": ("--beta -0.1", "--beta is -0.1"),
-    "beta infinite": ("--beta inf", "--beta is inf"),
-    "beta that is no number": ("--beta nan", "--beta is nan"),
-    "all dropped out": ("--dropout 1", "--dropout is 1", "[0, 1)"),
-    "heads that do not divide": ("--n-head 3", "--n-head 3", "--n-embd"),
-    "a vocabulary without all bytes": ("--vocab 100", "--vocab is '100'", "257"),
-    "a vocabulary past uint16": ("--vocab 70000", "--vocab is '70000'"),
-    "a vocabulary by another name": ("--vocab llama", "--vocab is 'llama'", "gpt2"),
-    "one completion": ("--completions 1", "--completions is 1", "at least 2"),
-    "a judge that reads too little": ("--preset imdb --reward-ctx 64", "--reward-ctx 64", "73"),
-    "two weights": ("--loss plackett-luce --weight constant", "--weight constant"),
-    "a reference for nothing": ("--reference out/x", "--reference", "--groups"),
-    "an unknown weight": ("--weight quadratic", "quadratic", "hinge"),
-    "a weight's file that is not there": ("--weight nowhere.py:f", "nowhere.py"),
-    "a module that is not there": ("--dpo-module nowhere.py", "nowhere.py"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_value_is_one_sentence(case, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "build", lambda *_: pytest.fail("accepted"))
-    argv, *words = BAD[case]
-    refused(command("--device", "cpu", *argv.split()), *words)
-    assert not list(tmp_path.iterdir()), "refused, and yet something was written"
-
-
 @pytest.mark.parametrize("f", [f for f in fields(Settings) if f.type in (int, float)],
                          ids=lambda f: f.name)
 def test_every_number_has_a_floor(f):
-    below = f.metadata["low"] - 1
-    with pytest.raises(UserError, match="--" + f.name.replace("_", "-")):
-        check(replace(TOY, **{f.name: f.type(below)}))
+    for bad in (f.type(f.metadata["low"] - 1), *([float("nan")] if f.type is float else [])):
+        with pytest.raises(UserError, match="--" + f.name.replace("_", "-")):
+            check(replace(TOY, **{f.name: bad}))

@@ -24,14 +24,14 @@ JUNK = [
 
 @pytest.fixture(scope="module")
 def many() -> list[tuple[str, float]]:
-    """20,000 reviews with the scores that the grammar meant."""
+    """5,000 reviews with the scores that the grammar meant."""
     rng = random.Random(0)
-    return [toy.compose(rng) for _ in range(20000)]
+    return [toy.compose(rng) for _ in range(5000)]
 
 
 @pytest.fixture(scope="module")
 def sentences(many) -> list[str]:
-    return [s.strip() for text, _ in many[:1000] for s in toy.SENTENCE.findall(text)]
+    return [s.strip() for text, _ in many[:500] for s in toy.SENTENCE.findall(text)]
 
 
 # --- The generator ---
@@ -56,20 +56,20 @@ def test_global_random_state_is_neither_read_nor_changed():
 
 def test_reviews_are_distinct_and_of_the_promised_length(many):
     share = len({text for text, _ in many}) / len(many)
-    assert share > 0.999, f"only {share:.4f} of 20,000 reviews are distinct"
+    assert share > 0.999, f"only {share:.4f} of 5,000 reviews are distinct"
     chars = statistics.mean(len(text) for text, _ in many)
-    assert 140 < chars < 180, f"{chars:.0f} characters a review: about 35 tokens were meant"
+    assert 140 < chars < 180, f"{chars:.0f} characters per review: about 35 tokens were meant"
 
 
 def test_reward_covers_the_unit_interval(many):
     rewards = [sentiment(text) for text, _ in many]
     mean, sd = statistics.mean(rewards), statistics.stdev(rewards)
-    assert abs(mean - 0.5) < 0.01, f"the pools mirror each other, yet mean r* = {mean:.3f}"
+    assert abs(mean - 0.5) < 0.015, f"the pools mirror each other, yet mean r* = {mean:.3f}"
     assert 0.28 < sd < 0.34, f"sd of r* is {sd:.3f}"
     for i in range(10):
         share = sum(int(10 * r) == i for r in rewards) / len(rewards)
         assert 0.06 < share < 0.14, f"{share:.3f} of the rewards lie in decile {i}"
-    best = statistics.mean(max(rewards[i:i + 64]) for i in range(0, 19968, 64))
+    best = statistics.mean(max(rewards[i:i + 64]) for i in range(0, 4992, 64))
     assert best > 0.975, f"best of 64 reaches only {best:.3f}: is kappa too small?"
     ties = sum((k / len(rewards)) ** 2 for k in Counter(rewards).values())
     assert ties < 0.02, f"{ties:.3f} of random pairs tie and would be dropped"
@@ -179,7 +179,7 @@ def test_score_adds_over_sentences_and_ignores_case_and_spacing(many):
 
 
 def test_the_other_polarity_has_the_negative_score():
-    for seed in range(2000):
+    for seed in range(1000):
         part = toy.START[seed % 3]
         good, up = toy.expand(part, +1, random.Random(seed))
         bad, down = toy.expand(part, -1, random.Random(seed))
@@ -192,7 +192,7 @@ def test_the_other_polarity_has_the_negative_score():
 # --- The language ---
 
 def test_every_sentence_of_a_review_is_in_the_language(many):
-    for text, _ in many[:5000]:
+    for text, _ in many[:2000]:
         inside, total = grammatical(text)
         assert 2 <= inside == total <= 4, f"{inside} of {total} sentences recognised: {text!r}"
 
