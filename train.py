@@ -1,221 +1,169 @@
-"""The hand-written training loop, and what it minimises: next tokens, and preferences.
+"""From reviews to a preference-tuned model: the training loop, and the stages that call it.
 
-    python train.py --stage dpo        builds what it needs (SFT, r*, preference groups), then DPO
+    python train.py --stage dpo        makes what is missing (sft, groups), then runs DPO
 
-One loop, `fit`, serves every stage that minimises a loss; a stage hands it batches and a loss.
-The equations live in dpo.py, the settings in support/settings.py, the stages that call `fit` in stages.py,
-their order in pipeline.py.
+Read `resumable` and `fit`, the loop; then `sft`, `reward`, `groups` and `dpo_stage`, in the order
+in which they run; then the table of stages, `build` and `main`. The equations stand in dpo.py, the
+settings in support/settings.py. Every other stage (PPO, the frontier, ...) is in experiments/.
 
-B sequences, T tokens, G groups, K completions a prompt, N pairs.
+B sequences, T tokens, P prompts, G groups, K completions per prompt, N pairs.
 """
 
 import functools
-import hashlib
 import math
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-# Before torch: threads that wait awake for a moment, then sleep. Torch's default waits awake for
-# long: where another program took one of two cores that was 38 times slower than one thread (this:
-# 1.5 times), and on an idle machine only 7 % faster than this.
+# Before torch is imported: threads that have no work wait for a moment, then sleep. By default they
+# spin, which was 38 times slower where another program took one of two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import data_imdb  # noqa: E402
-import dpo  # noqa: E402
-from evaluate import in_order  # noqa: E402
-from gpt import by_length, on_cores, pad_rows  # noqa: E402
-from support.runs import Run, UserError  # noqa: E402
-from support.settings import Settings  # noqa: E402
-
-
-class Interrupted(Exception):
-    """Ctrl-C, taken at a point where the state is whole and saved."""
-
-
-class Diverged(UserError):
-    """A loss or a gradient that is not finite: other rates and other runs may be fine."""
-
-
-STOP = []  # filled by Ctrl-C; asked between steps
-
-
-def draw_seed(seed: int, stage: str, step) -> int:
-    """Every random draw is a function of these three, so no generator's state needs saving."""
-    return int(hashlib.sha256(f"{seed}/{stage}/{step}".encode()).hexdigest()[:12], 16)
-
+import data_imdb
+import dpo
+from evaluate import held_out_measures, jackknife_optimum, pairwise_accuracy, report, write_samples
+from gpt import GPT, GPTConfig, length_buckets, pad_rows
+from job import Job, matmul_rate, seed_of
+from reward import RewardModel, label_accuracy, label_batches, label_loss
+from support import student
+from support.runs import Run, UserError, file_hash, main_exit, read_json, save_json, write_whole
+from support.settings import (OTHER_LOSSES, SETTINGS_OF, Settings, parse, settings_of, stage_of,
+                              user_files)
 
 # ------------------------------------------------------------------------------ the loop
 
 
-class Optim(NamedTuple):
-    steps: int
-    lr: float  # peak
-    warmup: int  # steps, linear
-    schedule: str  # constant, linear or cosine, to 0 (cosine to 5 %)
-    optimizer: str
-    decay: float = 0.0  # of matrices
-    clip: float = 1.0
+class Diverged(UserError):
+    """A loss or a gradient that is not finite. Another learning rate may be fine."""
 
 
-def learning_rate(o: Optim, step: int) -> float:
-    if step < o.warmup:
-        return o.lr * (step + 1) / o.warmup
-    done = (step - o.warmup) / max(1, o.steps - o.warmup)
-    if o.schedule == "cosine":
-        return o.lr * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-    return o.lr * (1 - done if o.schedule == "linear" else 1)
+def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int], dict | None],
+              evaluation: Callable[[], dict] | None = None, evaluate_every: int = 0) -> None:
+    """Call step(i) for each i < steps, from the run's last checkpoint on.
 
-
-def make_optimizer(o: Optim, model) -> torch.optim.Optimizer:
-    if o.optimizer == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), lr=o.lr)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([dict(params=matrices, weight_decay=o.decay),
-                              dict(params=others, weight_decay=0.0)], lr=o.lr, betas=(0.9, 0.95),
-                             fused=True)
-
-
-def autocast(device: torch.device, precision: str):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def to_device(micro: dict, device: torch.device) -> dict:
-    if device.type != "cuda":
-        return micro
-    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in micro.items()}
-
-
-def fit(run: Run, stage: str, model, batches, loss_fn, o: Optim, s: Settings, unit="targets",
-        check=None, evaluation=None) -> None:
-    """Minimise a loss over o.steps, resuming from the run's last checkpoint.
-
-    batches(step) -> (micro-batches, n): dicts of CPU tensors, among them idx (B, T) and
-    lengths (B,), and the number of terms, each a `unit`, of the whole step;
-    loss_fn(model, micro) -> (the SUM of the micro-batch's terms, what to log, each (n,)).
-    Sums over all micro-batches are divided by n once, so that accumulation is one large batch.
-    check(row) may refuse the first row; evaluation(model) -> dict is logged now and then.
-    Raises Diverged when a loss or a gradient is not finite, Interrupted after Ctrl-C.
+    parts: name -> what a checkpoint holds, each with state_dict and load_state_dict. step returns a
+    row to log, or None. evaluation() is logged every `evaluate_every` steps and after the last; 0
+    gives four evaluations in all. Raises Diverged for a row with a value that is not finite.
     """
-    device = next(model.parameters()).device
-    optimizer = make_optimizer(o, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-    saved_at, saved_step = time.monotonic(), restored(run, stage, o, model, optimizer, scaler)
-    start = saved_step or 0
-    forward_flops = 2 * sum(p.numel() for p in model.parameters())  # a token, matrices alone
-    peak = matmul_rate(device, s.precision) if start < o.steps else 1.0
-    every = s.eval_every or -(-o.steps // 4)
-    body = getattr(model, "body", model)
-    compiled = torch.compile(body.hidden, dynamic=True) if s.compile else body.hidden
-    model.train()
-    bar = tqdm(range(start, o.steps), stage, initial=start, total=o.steps, unit="step",
-               disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for step in bar:
+    start = saved = run.load_checkpoint(parts, steps)
+    saved_at, every = time.monotonic(), evaluate_every or -(-steps // 4)
+    for i in tqdm(range(start, steps), run.folder.name, initial=start, total=steps,
+                  disable=not sys.stderr.isatty(), dynamic_ncols=True):
         began = time.perf_counter()
-        lr = learning_rate(o, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(draw_seed(s.seed, stage, step))  # dropout
-        body.hidden = compiled
-        micros, n = batches(step)
-        tokens = sum(int(m["lengths"].sum()) for m in micros)
-        total, logs = backward(model, micros, n, loss_fn, scaler, s.precision)
-        scaler.unscale_(optimizer)  # clip the gradient itself, not its scaled copy
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+        row = step(i)
+        if row:
+            if not all(math.isfinite(v) for v in row.values() if v is not None):
+                raise Diverged(diverged(run, i, saved))
+            row = dict(step=i, seconds=time.perf_counter() - began) | row
+            run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
+        last = i + 1 == steps
+        if evaluation and (last or (i + 1) % every == 0):
+            run.log(dict(step=i, eval=evaluation()))
+        if last or time.monotonic() - saved_at >= job.cfg.save_secs:
+            run.checkpoint(dict(step=i + 1) | {k: p.state_dict() for k, p in parts.items()})
+            saved, saved_at = i + 1, time.monotonic()
+
+
+def diverged(run: Run, step: int, saved: int) -> str:
+    stage = run.about["stage"]
+    last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
+    rate = {"sft": "--sft-lr", "chosen": "--sft-lr", "reward": "--reward-lr", "rm": "--rm-lr",
+            "ppo": "--ppo-lr", "ppo-gt": "--ppo-lr"}.get(stage, "--dpo-lr")
+    return f"{stage}: the loss or its gradient is not finite at step {step}; {last}; try a lower " \
+           f"{rate}, or --precision fp32"
+
+
+def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
+        schedule="cosine", optimizer="adamw", weight_decay=0.0, grad_clip=1.0, evaluate_every=0,
+        check=None, evaluation=None, unit="targets") -> None:
+    """Minimise a loss over `steps` optimizer steps, resuming from the run's last checkpoint.
+
+    batches(step) -> (micro-batches, n): dicts of arrays, among them lengths (B,), and the number of
+    terms of the whole step, each a `unit`. loss_fn(model, micro_batch) -> (the SUM of the terms,
+    what to log: name -> (n,)). The sum over all micro-batches is divided by n once, so gradient
+    accumulation equals one large batch. check(row) may refuse the first row.
+    """
+    cfg, device = job.cfg, job.device
+    opt = make_optimizer(model, optimizer, lr, weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    body = getattr(model, "body", model)
+    compiled = torch.compile(body.hidden, dynamic=True) if cfg.compile else None
+    step_flops = 6 * sum(p.numel() for p in model.parameters())  # per token, matrices alone
+    peak = matmul_rate(device, cfg.precision)
+
+    def step(i: int) -> dict:
+        began = time.perf_counter()
+        model.train()
+        rate = learning_rate(i, steps, lr, warmup, schedule)
+        for group in opt.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(seed_of(cfg, run.about["stage"], i))  # dropout
+        if compiled:
+            body.hidden = compiled
+        micro_batches, n = batches(i)
+        total, logs = 0.0, {}
+        for micro_batch in micro_batches:  # gradient accumulation
+            with job.autocast():
+                loss, log = loss_fn(model, to_device(micro_batch, device))
+            scaler.scale(loss / n).backward()
+            total = total + loss.detach() / n
+            for key, value in log.items():
+                logs.setdefault(key, []).append(value)
+        scaler.unscale_(opt)  # clip the gradient itself, not its scaled copy
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         values = summary(logs) | dict(loss=total, grad_norm=norm)
-        row = dict(zip(values, torch.stack([torch.as_tensor(v, device=device).float()
-                                            for v in values.values()]).tolist()))  # one sync
-        # fp16's scaler skips a step whose gradient overflowed and lowers its scale; no one else may
-        if not math.isfinite(row["loss"]) or not (scaler.is_enabled() or
-                                                  math.isfinite(row["grad_norm"])):
-            raise Diverged(diverged(run, stage, step, saved_step))
-        if step == 0 and check:
+        row = dict(zip(values, torch.stack([v.to(norm) for v in values.values()]).tolist()))
+        if scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
+            row["grad_norm"] = None  # fp16: the scaler skips this step, and scales the next less
+        if i == 0 and check:
             check(row)
-        scaler.step(optimizer)
+        scaler.step(opt)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        opt.zero_grad(set_to_none=True)
+        if compiled:
+            del body.hidden  # sampling is one token at a time, and would compile again
         seconds = time.perf_counter() - began
-        row |= {"lr": lr, "seconds": seconds, "tokens_per_s": tokens / seconds,
-                f"{unit}_per_s": n / seconds, "mfu": 3 * forward_flops * tokens / seconds / peak}
-        if not math.isfinite(row["grad_norm"]):
-            row["grad_norm"] = None  # JSON has no infinity
-        run.log(dict(step=step) | {k: v and float(f"{v:.6g}") for k, v in row.items()})
-        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        del body.hidden  # sampling is one token at a time, and would compile again
-        if evaluation and ((step + 1) % every == 0 or step + 1 == o.steps):
-            run.log(dict(step=step, eval=evaluation(model)))
-            model.train()
-        due = time.monotonic() - saved_at >= s.save_secs
-        if due or STOP or step + 1 == o.steps:
-            run.checkpoint(dict(step=step + 1, model=model.state_dict(), scaler=scaler.state_dict(),
-                                optimizer=optimizer.state_dict(), threads=torch.get_num_threads()))
-            saved_at, saved_step = time.monotonic(), step + 1
-        if STOP:
-            raise Interrupted(f"{stage} is saved at step {step + 1} of {o.steps}")
+        per_s = sum(int(m["lengths"].sum()) for m in micro_batches) / seconds
+        return row | {"lr": rate, "tokens_per_s": per_s, f"{unit}_per_s": n / seconds,
+                      "mfu": step_flops * per_s / peak}
+
+    resumable(job, run, dict(model=model, optimizer=opt, scaler=scaler), steps, step,
+              evaluation and (lambda: evaluation(model)), evaluate_every)
     model.eval()
 
 
-def restored(run: Run, stage: str, o: Optim, model, optimizer, scaler) -> int | None:
-    """The step of the run's checkpoint, its state put back; None where there is none."""
-    state = run.resume()
-    if not state:
-        return None
-    with restoring(run):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    if state["threads"] != torch.get_num_threads():
-        print(f"  {stage}: begun with {state['threads']} threads; bit-for-bit equality with an "
-              "uninterrupted run needs the same number")
-    if state["step"] < o.steps:
-        print(f"  {stage}: going on at step {state['step']} of {o.steps}")
-    return state["step"]
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done,
+                   "cosine": 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2}[schedule]
 
 
-@contextmanager
-def restoring(run: Run):
-    """A state that does not fit what it is put into becomes a UserError."""
-    try:
-        yield
-    except (KeyError, TypeError, RuntimeError, ValueError) as e:
-        raise UserError(f"{run.path('resume.pt')} is a checkpoint of another configuration "
-                        f"({str(e).splitlines()[0]}): delete {run.folder}") from None
+def make_optimizer(model, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    if name == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), lr=lr)
+    groups = [dict(params=[p for p in model.parameters() if (p.dim() >= 2) == matrix],
+                   weight_decay=weight_decay * matrix) for matrix in (True, False)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def backward(model, micros, n: int, loss_fn, scaler, precision: str) -> tuple[torch.Tensor, dict]:
-    """Adds the gradient of Σ loss / n; that sum, and each logged quantity's list of (n,)."""
-    params, total, logs = list(model.parameters()), 0.0, {}
-    device = params[0].device
-    unit = scaler.scale(torch.ones((), device=device))  # 1, or fp16's scale
-
-    def gradient(micro):
-        with autocast(device, precision):
-            loss, log = loss_fn(model, to_device(micro, device))
-        return loss.detach() / n, log, torch.autograd.grad(loss, params, unit.to(loss) / n)
-
-    # dropout's draws come from one generator: in the order of the parts
-    drops = getattr(model, "body", model).config.dropout
-    each = map if drops else functools.partial(on_cores, device)
-    for loss, log, grads in each(gradient, micros):
-        total = total + loss
-        for p, grad in zip(params, grads):
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
-        del grads  # before the next micro-batch makes its own
-        for key, value in log.items():
-            logs.setdefault(key, []).append(value)
-    return total, logs
+def to_device(micro_batch: dict, device: torch.device) -> dict:
+    tensors = {k: torch.as_tensor(v) for k, v in micro_batch.items()}
+    if device.type != "cuda":
+        return tensors
+    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
 
 
 def summary(logs: dict) -> dict:
-    """Means over the step's terms, and the importance weight's quantiles."""
+    """Means over the step's terms, and the quantiles of the importance weight."""
     logs = {k: torch.cat(v).float() for k, v in logs.items()}
     out = {k: v.mean() for k, v in logs.items()}
     if "weight" in logs:
@@ -225,177 +173,278 @@ def summary(logs: dict) -> dict:
     return out
 
 
-def diverged(run: Run, stage: str, step: int, saved: int | None) -> str:
-    last = f"the last good checkpoint is step {saved} in {run.path('resume.pt')}" \
-        if saved is not None else "nothing was saved before it"
-    rate = {"sft": "--sft-lr", "chosen": "--sft-lr", "reward": "--reward-lr", "rm": "--rm-lr",
-            "ppo": "--ppo-lr", "ppo-gt": "--ppo-lr"}.get(stage, "--dpo-lr")
-    return f"{stage}: the loss or its gradient is not finite at step {step}; {last}; " \
-           f"try a lower {rate}, or --precision fp32"
+# ------------------------------------------------------------------------------ sft
 
 
-@functools.cache
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product here: the 100 % of the logged mfu."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    # a CPU may emulate fp16 a hundred times slower
-    n = 8192 if device.type == "cuda" else 1024 if dtype != torch.float16 else 128
-    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for it
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
+def lm_loss(model, micro_batch):
+    """Summed negative log-likelihood in nats of every real token but a row's first."""
+    return -model.token_logps(micro_batch["idx"], micro_batch["mask"]).sum(), {}
 
 
-# ------------------------------------------------------------------------------ next tokens
+@torch.no_grad()
+def validation_loss(job: Job, model, windows: int = 1024) -> float:
+    """Nats per token on reviews that SFT has not seen."""
+    tokens, nll = job.data.tokens["valid"], 0.0
+    starts, lengths = tokens.windows(job.cfg.n_ctx)
+    some = np.random.default_rng(0).permutation(len(starts))[:windows]
+    starts, lengths = starts[some], lengths[some]
+    model.eval()
+    for part in length_buckets(torch.from_numpy(lengths), 64):
+        idx, mask = data_imdb.lm_batch(tokens, starts[part], lengths[part])
+        with job.autocast():
+            loss, _ = lm_loss(model, to_device(dict(idx=idx, mask=mask), job.device))
+        nll += float(loss)
+    return nll / int(lengths.sum())
 
 
-def lm_plan(lengths, batch: int, seed: int) -> np.ndarray:
-    """One epoch's batches of windows (n, batch): alike in length within, in random order."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    pools = [p[np.argsort(lengths[p], kind="stable")] for p in np.split(
-        order, range(16 * batch, len(order), 16 * batch))]
-    order = np.concatenate(pools)
-    whole = len(order) // batch
-    return rng.permutation(order[: whole * batch].reshape(whole, batch))
+def sft(job: Job, run: Run) -> str:
+    """Reviews -> π_ref, by the next-token loss on train and unsup."""
+    cfg, data, tokens = job.cfg, job.data, job.data.unlabelled()
+    dropped = [f"{k[4:]} {n}" for k, n in data.notes.items() if n]
+    print(f"  sft: {len(tokens):,} reviews of {tokens.offsets[-1]:,} tokens; duplicates left out: "
+          f"{', '.join(dropped) or 'none'}")
+    torch.manual_seed(seed_of(cfg, "sft", "weights"))
+    model = job.pretrained(cfg.init, cfg.dropout) if cfg.init else GPT(GPTConfig(
+        data.enc.n_vocab, cfg.n_ctx, cfg.n_layer, cfg.n_head, cfg.n_embd,
+        cfg.dropout)).to(job.device)
+    batches = data_imdb.lm_batches(tokens, cfg.n_ctx, cfg.sft_batch, cfg.sft_accum,
+                                   seed_of(cfg, "sft", "batches"))
+    fit(job, run, model, batches, lm_loss, steps=cfg.sft_steps, lr=cfg.sft_lr,
+        warmup=cfg.sft_warmup, weight_decay=cfg.sft_decay,
+        evaluation=lambda model: dict(loss=validation_loss(job, model)))
+    job.save_policy(run, model)
+    return f"validation loss {validation_loss(job, model):.3f} nats per token"
 
 
-def lm_loss(model, micro):
-    """Summed NLL in nats of every real token but the first, and what to log, per sequence."""
-    logps = model.token_logps(micro["idx"], micro["mask"])
-    losses = -logps.sum(1)
-    return losses.sum(), {}
+def chosen(job: Job, run: Run) -> None:
+    """Section 4 · without an SFT model, π_ref maximises the likelihood of the chosen completions.
 
-
-def lm_batches(tokens, stage: str, batch: int, accum: int, s: Settings, pad_to: int):
-    starts, lengths = tokens.windows(s.n_ctx)
-    if len(starts) < batch:
-        raise UserError(f"{len(starts)} training windows, fewer than a batch of {batch}: lower "
-                        "--sft-batch or raise --reviews")
-    plan = functools.lru_cache(2)(
-        lambda epoch: lm_plan(lengths, batch, draw_seed(s.seed, stage, f"epoch {epoch}")))
-
-    def batches(step: int):
-        steps = len(starts) // batch
-        chosen, micros = plan(step // steps)[step % steps], []
-        for part in np.array_split(chosen, min(accum, batch)):
-            idx, mask = data_imdb.lm_batch(tokens, starts[part], lengths[part], pad_to)
-            micros.append(dict(idx=torch.from_numpy(idx), mask=torch.from_numpy(mask),
-                               lengths=torch.from_numpy(lengths[part] + 1)))
-        return micros, int(lengths[chosen].sum())
-
-    return batches
-
-
-# ------------------------------------------------------------------------------ preferences
-
-
-def label_pairs(rewards, s: Settings, picks, uniforms):
-    """Who wins, rewards (G, K) -> yw_idxs, yl_idxs, and the probability p that it does, (N,) each.
-
-    hard: the higher r*, ties dropped. sampled: drawn from Eq. 1 with rewards s r*, by uniforms
-    (P, K (K - 1) / 2), one a pair of every group, whose row is in `picks` (G,). soft: the higher
-    r* with Eq. 1's p; a tie has p = 1/2.
+    One pass: more would learn a small file by heart.
     """
-    if s.labels == "hard":
-        yw_idxs, yl_idxs, _ = dpo.preference_pairs(rewards)
-        return yw_idxs, yl_idxs, torch.ones(len(yw_idxs))
-    G, K = rewards.shape
-    pairs = torch.combinations(torch.arange(K))  # (K (K - 1) / 2, 2)
-    first, second = ((pairs[:, i] + K * torch.arange(G)[:, None]).flatten() for i in (0, 1))
-    r = s.label_scale * rewards.flatten()
-    p = dpo.preference_probability(r[first], r[second])
-    lost = uniforms[picks].flatten() >= p if s.labels == "sampled" else p < 0.5
-    yw_idxs, yl_idxs = torch.where(lost, second, first), torch.where(lost, first, second)
-    return yw_idxs, yl_idxs, torch.ones_like(p) if s.labels == "sampled" else p.maximum(1 - p)
-
-
-def preference_batch(made: data_imdb.Groups, ref_logps, picks, s=Settings(), uniforms=None) -> dict:
-    """Groups to one micro-batch: every completion once (G*K), pairs as index vectors (App. B)."""
-    K = len(made.completion_ids[0])
-    idx, prompt_lens, lengths = pad_rows([made.prompt_ids[i] for i in picks for _ in range(K)],
-                                         [c for i in picks for c in made.completion_ids[i]])
-    rewards = torch.from_numpy(made.rewards[picks])
-    yw_idxs, yl_idxs, p = label_pairs(rewards, s, picks, uniforms)
-    return dict(idx=idx, prompt_lens=prompt_lens, lengths=lengths, rewards=rewards, p=p,
-                ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
-
-
-def preference_batches(made, ref_logps, train: list[int], s: Settings):
-    """batches(step) for `fit`: s.dpo_batch groups a step, pass after pass, each reshuffled."""
-    train, K = np.array(train), made.rewards.shape[1]
-    name = f"dpo {s.run_seed}" if s.run_seed else "dpo"
-    permutation = functools.lru_cache(4)(lambda epoch: np.random.default_rng(
-        draw_seed(s.seed, name, f"epoch {epoch}")).permutation(train))
-    uniforms = torch.rand(len(made.rewards), K * (K - 1) // 2, generator=torch.Generator(
-        ).manual_seed(draw_seed(s.seed, name, "labels")))  # a label is drawn once, as data are
+    cfg, groups, (train, _) = job.cfg, job.groups, job.split
+    model = job.pretrained(cfg.init, cfg.dropout) if cfg.init else job.policy("sft", cfg.dropout)
+    best = groups.rewards.argmax(1)
+    order = np.random.default_rng(seed_of(cfg, "chosen", "order")).permutation(train)
 
     def batches(step: int):
-        at = np.arange(step * s.dpo_batch, (step + 1) * s.dpo_batch)
-        picks = np.array([permutation(i // len(train))[i % len(train)] for i in at.tolist()])
-        micros = [preference_batch(made, ref_logps, part, s, uniforms)
-                  for part in np.array_split(picks, min(s.dpo_accum, len(picks)))]
-        if s.loss == "plackett-luce":
-            return micros, len(picks)
-        return micros, sum(len(m["yw_idxs"]) for m in micros)
+        picks, micro_batches, n = order[step * cfg.sft_batch :][: cfg.sft_batch], [], 0
+        for part in np.array_split(picks, min(cfg.sft_accum, len(picks))):
+            idx, prompt_lens, lengths = pad_rows([groups.prompt_ids[i] for i in part],
+                                                 [groups.completion_ids[i][best[i]] for i in part])
+            mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
+            micro_batches.append(dict(idx=idx, mask=mask, lengths=lengths))
+            n += int(mask.sum())
+        return micro_batches, n
+
+    steps = max(1, len(train) // cfg.sft_batch)
+    fit(job, run, model, batches, lm_loss, steps=steps, lr=cfg.sft_lr / 10,
+        warmup=min(cfg.sft_warmup, steps // 10), weight_decay=cfg.sft_decay)
+    job.save_policy(run, model)
+
+
+# ------------------------------------------------------------------------------ reward
+
+
+def reward(job: Job, run: Run) -> str:
+    """Labels -> r* on IMDb: the SFT model's body with a scalar head. On the toy r* is exact."""
+    cfg, data = job.cfg, job.data
+    model = RewardModel.from_gpt(job.policy("sft"), cfg.reward_ctx, cfg.dropout).to(job.device)
+    labels = {k: v.astype(np.float32) for k, v in data.labels.items() if v is not None}
+
+    def batches(step: int):
+        rng = np.random.default_rng(seed_of(cfg, "reward", step))
+        return label_batches(data.tokens["train"], labels["train"], cfg.reward_batch,
+                             cfg.reward_ctx, cfg.max_new_tokens + 8, rng), 2 * cfg.reward_batch
+
+    fit(job, run, model, batches, label_loss, steps=cfg.reward_steps, lr=cfg.reward_lr,
+        warmup=cfg.reward_steps // 20, weight_decay=cfg.sft_decay)
+    n = 5_000  # reviews per split: a standard error of half a percent
+    with job.autocast():
+        accuracies = {f"{split}_{name}": label_accuracy(
+            model, list(data.tokens[split])[:n], labels[split][:n], cfg.reward_ctx, crop)
+            for split in ("valid", "test") for name, crop in (("whole", 0),
+                                                              ("crop", cfg.max_new_tokens))}
+    save_json(run.path("report.json"), accuracies)
+    run.finish(model.checkpoint())
+    return f"accuracy on whole test reviews {accuracies['test_whole']['accuracy']:.3f}"
+
+
+def report_reward(job: Job) -> None:
+    for name, row in read_json(job.folder("reward") / "report.json").items():
+        print(f"r* on {name.replace('_', ', ')}: accuracy {row['accuracy']:.3f}, calibration error "
+              f"{row['calibration_error']:.3f}")
+
+
+# ------------------------------------------------------------------------------ groups
+
+
+CHUNK = 2048  # completions that share a seed, and that a killed run does not draw again
+
+
+class Completions(list):
+    """Lists of token ids, for a checkpoint: one flat tensor, which is fast to save."""
+
+    def state_dict(self) -> dict:
+        return dict(ids=torch.tensor([i for ids in self for i in ids], dtype=torch.int32),
+                    lengths=[len(ids) for ids in self])
+
+    def load_state_dict(self, state: dict) -> None:
+        self[:] = [ids.tolist() for ids in state["ids"].split(state["lengths"])]
+
+
+def sample_all(job: Job, run: Run, model: GPT, prompts, name: str) -> list[list[int]]:
+    """One completion per prompt, in chunks, each drawn from its own seed."""
+    done = Completions()
+
+    def step(i: int) -> None:
+        done.extend(job.sample(model, prompts[i * CHUNK : (i + 1) * CHUNK],
+                               seed_of(job.cfg, name, i)))
+
+    resumable(job, run, dict(completions=done), -(-len(prompts) // CHUNK), step)
+    return done
+
+
+def sequence_logps(model: GPT, idx, prompt_lens, lengths) -> torch.Tensor:
+    """log π(y|x) in nats: idx (B, T), prompt_lens (B,), lengths (B,) -> (B,)."""
+    mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
+    return dpo.completion_logps(model.token_logps(idx, mask), prompt_lens, lengths)
+
+
+@torch.no_grad()
+def score(job: Job, model: GPT, prompts, completions) -> torch.Tensor:
+    """log π(y|x) of each completion, (N,) on the CPU, by the same path as in training."""
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
+    out = torch.empty(len(prompts))
+    for part in length_buckets(lengths, max(1, job.batch_size() // 8)):
+        padded = pad_rows([prompts[i] for i in part], [completions[i] for i in part])
+        with job.autocast():
+            out[part] = sequence_logps(model, *(x.to(job.device) for x in padded)).cpu()
+    return out
+
+
+def groups(job: Job, run: Run) -> None:
+    """π_ref's completions, judged by r*; their reference log-probs; π_ref as an evaluated point.
+
+    From a preference file (--groups) the completions are its own: then there is no r* and no
+    optimum.
+    """
+    cfg, data, reference = job.cfg, job.data, job.load_reference()
+    optimum, valid, valid_reward = [], [], None
+    if cfg.groups:
+        groups, notes = job.groups, job.groups.dropped
+        held = dict.fromkeys(tuple(groups.prompt_ids[i]) for i in job.split[1])
+        held_out = list(map(list, held))[: cfg.eval_prompts]
+    else:
+        judge = job.reward  # what is missing for it is missed before hours of sampling
+        prompts, _ = data_imdb.sample_prompts(data.tokens["train"], cfg.prompts,
+                                              seed_of(cfg, "groups", "prompts"))
+        held_out, redrawn = data_imdb.sample_prompts(
+            data.tokens["test"], cfg.eval_prompts, seed_of(cfg, "evaluate", "prompts"),
+            avoid=set(map(tuple, prompts)))
+        valid, _ = data_imdb.sample_prompts(
+            data.tokens["valid"], cfg.valid_prompts, seed_of(cfg, "validate", "prompts"),
+            avoid=set(map(tuple, prompts + held_out)))
+        repeated = [p for p in prompts for _ in range(cfg.num_completions)] + \
+                   [p for p in held_out for _ in range(cfg.optimum_samples)]
+        samples = sample_all(job, run, reference, repeated, "groups")
+        rewards, n = judge(repeated, samples), len(prompts) * cfg.num_completions
+        groups = data_imdb.gather_groups(prompts, samples[:n], rewards[:n])
+        notes = groups.dropped | {"evaluation prompts drawn again": redrawn}
+        curve = jackknife_optimum(rewards[n:].view(len(held_out), -1),
+                                  [1e9, *np.geomspace(20, 0.01, 40)])
+        optimum = [{k: v for k, v in point.items() if k not in ("rewards", "kls")}
+                   for point in curve]
+        valid_reward = job.evaluate(reference, reference, valid)["reward"]
+    print(f"  groups: {len(groups.rewards):,} prompts with {groups.K} completions each; left out: "
+          f"{', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
+    ref_logps = score(job, reference, *groups.flat(range(len(groups.rewards))))
+    point = job.evaluate(reference, reference, held_out)
+    save_json(run.path("reference.json"), dict(
+        point=point, optimum=optimum, prompts=held_out, notes=notes, valid=valid,
+        valid_reward=valid_reward))
+    write_whole(run.path("groups.jsonl"),
+                lambda file: data_imdb.write_groups(file, groups, data.enc))
+    run.finish(dict(ref_logps=ref_logps.view(-1, groups.K)))
+
+
+# ------------------------------------------------------------------------------ dpo
+
+
+def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train: list[int]):
+    """batches(step) for `fit`: dpo_batch groups per step, pass after pass, each reshuffled.
+
+    Every completion stands in a micro-batch once, however many pairs it is in (Appendix B).
+    """
+    name = f"dpo {cfg.run_seed}" if cfg.run_seed else "dpo"
+    uniforms = torch.rand(len(groups.rewards), math.comb(groups.K, 2), generator=torch.Generator(
+        ).manual_seed(seed_of(cfg, name, "labels")))  # a label is drawn once, as data are
+
+    @functools.lru_cache(4)
+    def epoch(number: int) -> np.ndarray:
+        return np.random.default_rng(seed_of(cfg, name, f"epoch {number}")).permutation(train)
+
+    def micro_batch(picks) -> dict:
+        idx, prompt_lens, lengths = pad_rows(*groups.flat(picks))  # (G*K, T), (G*K,), (G*K,)
+        rewards = torch.from_numpy(groups.rewards[picks])
+        yw_idxs, yl_idxs, p = dpo.label_pairs(rewards, cfg.labels, cfg.label_scale, uniforms[picks])
+        return dict(idx=idx, prompt_lens=prompt_lens, lengths=lengths, rewards=rewards, p=p,
+                    ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
+
+    def batches(step: int) -> tuple[list[dict], int]:
+        picks = np.array([epoch(i // len(train))[i % len(train)]
+                          for i in range(step * cfg.dpo_batch, (step + 1) * cfg.dpo_batch)])
+        micro_batches = [micro_batch(part)
+                         for part in np.array_split(picks, min(cfg.dpo_accum, len(picks)))]
+        pairs = sum(len(m["yw_idxs"]) for m in micro_batches)
+        return micro_batches, len(picks) if cfg.loss == "plackett-luce" else pairs
 
     return batches
 
 
-def sequence_logps(model, idx, prompt_lens, lengths):
-    """log π(y|x) in nats: idx (B, T), (B,), (B,) -> (B,)."""
-    def score(idx, rows):
-        mask = dpo.completion_mask(prompt_lens[rows], lengths[rows], idx.size(1))
-        logps = model.token_logps(idx, mask)
-        return dpo.completion_logps(logps, prompt_lens[rows], lengths[rows])
+def preference_loss(cfg: Settings):
+    """loss_fn for `fit`: Eq. 7, or what the settings name in its place, on one micro-batch."""
+    # the losses without a weight push satisfied pairs as hard as others: logged as constant
+    weight = dpo.WEIGHTS["constant"] if cfg.loss in OTHER_LOSSES else \
+        student.load_weight(cfg.weight, dpo.WEIGHTS)
 
-    return by_length(score, idx, lengths)
-
-
-def preference_loss(s: Settings, weight):
-    """loss_fn for `fit`: Eq. 7 or what the settings name in its place, on one micro-batch."""
-    if s.loss in ("unlikelihood", "preferred-ft"):  # satisfied pairs weigh as much as others
-        weight = dpo.WEIGHTS["constant"]
-
-    def loss_fn(model, micro):
-        pi_logps = sequence_logps(model, micro["idx"], micro["prompt_lens"], micro["lengths"])
-        yw, yl = micro["yw_idxs"], micro["yl_idxs"]
-        rewards = dpo.implicit_reward(pi_logps.detach(), micro["ref_logps"], s.beta)
-        pair = pi_logps, micro["ref_logps"], yw, yl
-        if s.loss == "plackett-luce":
-            losses, rewards, _ = dpo.plackett_luce_loss(*pair[:2], micro["rewards"], s.beta)
-        elif s.loss == "unlikelihood":
-            losses = dpo.unlikelihood_loss(pi_logps, yw, yl, s.alpha)
-        elif s.loss == "preferred-ft":
+    def loss_fn(model, micro_batch):
+        pi_logps = sequence_logps(model, *(micro_batch[k] for k in (
+            "idx", "prompt_lens", "lengths")))
+        ref_logps, yw, yl = (micro_batch[k] for k in ("ref_logps", "yw_idxs", "yl_idxs"))
+        rewards = dpo.implicit_reward(pi_logps.detach(), ref_logps, cfg.beta)
+        if cfg.loss == "plackett-luce":
+            losses, rewards, _ = dpo.plackett_luce_loss(
+                pi_logps, ref_logps, micro_batch["rewards"], cfg.beta)
+        elif cfg.loss == "unlikelihood":
+            losses = dpo.unlikelihood_loss(pi_logps, yw, yl, cfg.alpha)
+        elif cfg.loss == "preferred-ft":
             losses = dpo.preferred_ft_loss(pi_logps, yw)
-        elif s.labels == "soft":
-            losses, rewards = dpo.soft_dpo_loss(*pair, micro["p"], s.beta)
-        elif s.weight == "sigmoid":
-            losses, rewards = dpo.dpo_loss(*pair, s.beta)
+        elif cfg.labels == "soft":
+            losses, rewards = dpo.soft_dpo_loss(
+                pi_logps, ref_logps, yw, yl, micro_batch["p"], cfg.beta)
+        elif cfg.weight == "sigmoid":
+            losses, rewards = dpo.dpo_loss(pi_logps, ref_logps, yw, yl, cfg.beta)
         else:
-            losses, rewards = dpo.weighted_loss(*pair, s.beta, weight)
+            losses, rewards = dpo.weighted_loss(pi_logps, ref_logps, yw, yl, cfg.beta, weight)
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
         return losses.sum(), dict(
-            accuracy=in_order(rewards[yw], rewards[yl]), margin=margin, margin_abs=margin.abs(),
-            reward_chosen=rewards[yw], reward_rejected=rewards[yl], logp_chosen=logps[yw],
-            logp_rejected=logps[yl], weight=weight(margin, s.beta))
+            accuracy=pairwise_accuracy(rewards[yw], rewards[yl]), margin=margin,
+            margin_abs=margin.abs(), reward_chosen=rewards[yw], reward_rejected=rewards[yl],
+            logp_chosen=logps[yw], logp_rejected=logps[yl], weight=weight(margin, cfg.beta))
 
     return loss_fn
 
 
-def starts_at_reference(s: Settings, K: int):
+def starts_at_reference(cfg: Settings, K: int):
     """check for `fit`: at step 0 π_θ = π_ref, so every margin is 0 and the loss is known."""
-    tolerance = max(1e-5, s.beta * (0.005 if s.precision == "fp32" else 0.2))  # of other roundings
+    # two ways of rounding may be this far apart
+    tolerance = max(1e-5, cfg.beta * (0.005 if cfg.precision == "fp32" else 0.2))
 
     def check(row: dict) -> None:
         off = row["margin_abs"]
-        if s.loss == "plackett-luce":  # less where ties left a ranking shorter than K
+        if cfg.loss == "plackett-luce":  # less where ties left a ranking shorter than K
             off = max(off, row["loss"] - math.lgamma(K + 1))
-        elif s.loss == "pairwise" and s.weight == "sigmoid":
+        elif cfg.loss == "pairwise" and cfg.weight == "sigmoid":
             off = max(off, abs(row["loss"] - math.log(2)))
         if off > tolerance:
             raise UserError(
@@ -407,12 +456,172 @@ def starts_at_reference(s: Settings, K: int):
     return check
 
 
-if __name__ == "__main__":
-    from pipeline import main  # which imports this file, under its own name
-    from support.runs import main_exit
+HELD_OUT = 128  # held-out groups that an evaluation looks at
 
-    code = main_exit(main)
-    if code == 130:  # Ctrl-C: a normal exit would wait for the threads at work
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+
+def ranked(groups: data_imdb.Groups, train: list[int]) -> list[int]:
+    """The groups that Plackett-Luce can learn from: two completions or more that do not tie."""
+    _, tied = dpo.ranking_logps(torch.zeros(groups.rewards.shape), torch.from_numpy(groups.rewards))
+    kept = [i for i in train if (~tied[i]).sum() >= 2]
+    print(f"  dpo: {int(tied[train].sum())} tied completions leave their rankings, "
+          f"{len(train) - len(kept)} of {len(train)} groups are skipped")
+    if not kept:
+        raise UserError("no group has two completions that no other ties with: nothing to rank; "
+                        "leave --loss plackett-luce out")
+    return kept
+
+
+def dpo_stage(job: Job, run: Run) -> None:
+    """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
+    cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
+    if cfg.dpo_module:  # only now: π_ref and the groups are nobody's exercise
+        student.use_module(dpo, cfg.dpo_module)
+    if cfg.loss == "plackett-luce":
+        train = ranked(groups, train)
+    policy, some, last = job.load_reference(), np.array(held[:HELD_OUT]), {}
+
+    def evaluation(policy) -> dict:
+        # π_ref is read again for its KL and then dropped: no training step needs it
+        point = evaluate_policy(job, policy, job.load_reference())
+        logps = score(job, policy, *groups.flat(some))
+        last.update(point | held_out_measures(logps, ref_logps[some].flatten(),
+                                              torch.from_numpy(groups.rewards[some])))
+        return without_texts(last)
+
+    fit(job, run, policy, preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg),
+        steps=cfg.dpo_steps, lr=cfg.dpo_lr, warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule,
+        optimizer=cfg.dpo_optimizer, grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
+        check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
+        unit="groups" if cfg.loss == "plackett-luce" else "pairs")
+    if not last:  # killed after the last step
+        evaluation(policy)
+    finish_method(job, run, policy, last)
+
+
+def evaluate_policy(job: Job, policy: GPT, reference: GPT, learned=None) -> dict:
+    """The policy's point on the test prompts, and its reward and KL on the validation prompts.
+
+    learned: the reward that it was trained on, a callable as r*, where there is one.
+    """
+    prompts, valid = job.reference_eval["prompts"], job.reference_eval["valid"]
+    point = job.evaluate(policy, reference, prompts)
+    if learned:
+        point["reward_learned"] = float(learned(prompts, point["completions"]).mean())
+    if valid:
+        on_valid = job.evaluate(policy, reference, valid)
+        point |= dict(valid_reward=on_valid["reward"], valid_kl=on_valid["kl"])
+    return point
+
+
+def without_texts(point: dict) -> dict:
+    """What is logged of a point."""
+    return {k: v for k, v in point.items() if k != "completions"}
+
+
+def finish_method(job: Job, run: Run, policy: GPT, point: dict) -> None:
+    """samples.txt, result.json (the last point), then the model, which marks the run finished."""
+    write_samples(job, run, point)
+    save_json(run.path("result.json"), without_texts(point))
+    job.save_policy(run, policy)
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+class Stage(NamedTuple):
+    make: Callable[[Job, Run], str | None]  # what came of it, in a few words
+    parents: Callable[[Settings], list[str]]  # the stages it reads; UserError where it cannot run
+    final: str = "model.pt"  # its last file, which marks it finished
+    report: Callable[[Job], None] | None = None
+    # makes the runs that it compares: their folders' names -> hashes
+    compares: Callable[[Job], dict[str, str]] | None = None
+
+
+def needs(wrong: bool, message: str, parents: list[str]) -> list[str]:
+    if wrong:
+        raise UserError(message)
+    return parents
+
+
+def parents_of_groups(cfg: Settings) -> list[str]:
+    if cfg.groups:
+        return [] if cfg.reference else ["chosen"]
+    return ["sft"] + ["reward"] * (cfg.corpus == "imdb" and cfg.reward == "auto")
+
+
+STAGES = {
+    "sft": Stage(sft, lambda cfg: []),
+    "reward": Stage(reward, lambda cfg: needs(
+        cfg.corpus == "toy", "r* of the toy corpus is exact: there is nothing to train; go on with "
+        "--stage groups or --stage dpo", ["sft"]), report=report_reward),
+    "chosen": Stage(chosen, lambda cfg: needs(
+        not cfg.groups, "--stage chosen fine-tunes π_ref for a preference file: give --groups FILE",
+        [] if cfg.init else ["sft"])),
+    "groups": Stage(groups, parents_of_groups, "ref_logps.pt")}
+for name in ("dpo", *OTHER_LOSSES):
+    STAGES[name] = Stage(dpo_stage, lambda cfg: ["groups", *parents_of_groups(cfg)],
+                         report=functools.partial(report, stage=name))
+
+
+def build(job: Job, stage: str) -> str:
+    """Make a stage and, before it, the parents that are not there; the hash of its last file."""
+    folder, spec = job.folder(stage), STAGES[stage]
+    if folder not in job.hashes:
+        run = open_run(job, stage)
+        print(f"{stage}: {'found in' if run.finished else 'making'} {folder}", flush=True)
+        if not run.finished:
+            began = time.perf_counter()
+            with run:
+                try:
+                    outcome = spec.make(job, run)
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"{stage} does not fit the GPU: give a smaller model or --max-new-tokens, "
+                        "to sft and dpo a higher --sft-accum and --dpo-accum, to a frontier "
+                        "--jobs 1") from None
+            print(f"{stage}: done in {time.perf_counter() - began:.1f} s"
+                  + (f"; {outcome}" if outcome else ""))
+        job.hashes[folder] = file_hash(run.path(spec.final))
+    return job.hashes[folder]
+
+
+def open_run(job: Job, stage: str) -> Run:
+    """The stage's run, its parents made. Its identity is its settings and its parents' hashes."""
+    cfg, spec = job.cfg, STAGES[stage]
+    parents = {parent: build(job, parent) for parent in spec.parents(cfg)}
+    if spec.compares:
+        parents |= spec.compares(job)
+    parents |= {"data": job.data.identity} | user_files(cfg, stage)
+    return Run(job.folder(stage), settings_of(cfg, SETTINGS_OF[stage]), parents, spec.final,
+               job.about(stage))
+
+
+def main(argv=None) -> int:
+    began = time.perf_counter()
+    stage, preset, reason, cfg = parse(argv, torch.cuda.is_available())
+    student.load_weight(cfg.weight, dpo.WEIGHTS)  # what a user gave is read before hours of parents
+    if cfg.dpo_module:
+        student.own_functions(dpo, cfg.dpo_module)
+    if cfg.groups:
+        file_hash(cfg.groups)
+    print(f"preset {preset} ({reason}); stage {stage}", flush=True)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
+    try:
+        build(job, stage)
+        if STAGES[stage].report:
+            STAGES[stage].report(job)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    if stage_of(sys.argv[1:]) not in STAGES:  # one of experiments/, which imports this file
+        path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "experiments", *sys.argv[1:]])
+    sys.exit(main_exit(main))

@@ -14,23 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.table import table, table_text
-from plot_frontier import (
-    KL,
-    REWARD,
-    STYLES,
-    finish,
-    frontier,
-    plot_optimum,
-    plot_points,
-    read_points,
-    reference,
-    reliable_optimum,
-    save_figure,
-    seed_means,
-    series,
-    setting_value,
-    weight_panel,
-)
+from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_optimum, plot_points,
+                           read_points, reference, reliable_optimum, save_figure, seed_means,
+                           series, setting_value, weight_panel)
 from support.runs import main_exit, write_whole
 
 

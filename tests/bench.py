@@ -2,12 +2,18 @@
 transformers. A program, not a test.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python tests/bench.py                       # every row: 20 minutes on one core, 21 GB
+    python tests/bench.py                       # every row: half an hour on one core, 21 GB
     python tests/bench.py dpo-small lm-small    # some rows
 
-Float32, one thread, GPT-2's vocabulary, equal weights and data on both sides, which take turns;
-a number is the median of its turns, in seconds of CPU, so that a busy machine's other work does
-not count. Each row prints ours, theirs, their ratio and the target.
+Rows: dpo (TRL as it is by default: gradient checkpointing, the reference model in every step),
+dpo-fast (TRL's fastest setting: reference log-probs precomputed, no checkpointing), dpo-bf16 (the
+same in bf16), dpo-official (the loop of the authors' code, with transformers' model), sample
+(`generate` as it is), sample-cdf (`generate` with torch.multinomial replaced by an inverse CDF),
+and lm.
+
+Float32 but for dpo-bf16, one thread, GPT-2's vocabulary, equal weights and data on both sides,
+which take turns. A number is the median of its turns, in seconds of CPU, so that a busy machine's
+other work does not count. Each row prints ours, theirs, their ratio and the target.
 """
 
 import argparse
@@ -17,7 +23,9 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 # glibc gives a large tensor's memory back to the system at every free, and then clears its pages
 # again at the next use. With big logits that slows the peers up to threefold and would flatter us;
@@ -27,8 +35,10 @@ SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40),
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SIZES = {"small": dict(n_layer=4, n_head=4, n_embd=128),
          "124M": dict(n_layer=12, n_head=12, n_embd=768)}
-TARGETS = {"dpo-small": 7.0, "sample-small": 4.0, "lm-small": 1.0,
+TARGETS = {"dpo-small": 9.0, "dpo-fast-small": 7.0, "dpo-bf16-small": 7.0,
+           "dpo-official-small": 6.0, "sample-small": 4.0, "sample-cdf-small": 1.2, "lm-small": 1.0,
            "dpo-124M": 4.5, "sample-124M": 1.5, "lm-124M": 1.0}
+BETA, LR = 0.1, 1e-6  # of every DPO row
 UNITS = {"dpo": "pairs/s", "sample": "new tokens/s", "lm": "tokens/s"}
 
 
@@ -38,10 +48,11 @@ def models(size: str, folder: Path):
     from transformers import AutoModelForCausalLM
 
     from gpt import GPT, GPTConfig
+    from support import hf_gpt2
 
     torch.manual_seed(0)
     ours = GPT(GPTConfig(**SIZES[size]))
-    ours.save_pretrained(folder)
+    hf_gpt2.save(ours, folder)
     return ours, AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -70,38 +81,72 @@ def preferences(V: int):
     return Groups(prompts, completions, rng.random((16, 4), dtype=np.float32), True)
 
 
-def our_dpo(policy, reference, groups, beta: float, lr: float):
+def our_dpo(policy, reference, groups, cast):
     """step() -> the loss: one step of train.fit; reference log-probs once, as by stage `groups`."""
     import torch
 
-    import dpo
     import train
+    from gpt import pad_rows
     from support.settings import Settings
 
-    picks, K = list(range(len(groups.prompt_ids))), len(groups.completion_ids[0])
-    batch = train.preference_batch(groups, torch.zeros(len(picks), K), picks)
-    lens = batch["prompt_lens"], batch["lengths"]
-    with torch.no_grad():
-        mask = dpo.completion_mask(*lens, batch["idx"].size(1))
-        ref_logps = dpo.completion_logps(reference.token_logps(batch["idx"], mask), *lens)
-    o = train.Optim(1, lr, 0, "constant", "adamw", clip=1.0)
-    optimizer = train.make_optimizer(o, policy)
-    loss_fn = train.preference_loss(Settings(beta=beta), dpo.load_weight("sigmoid"))
+    cfg, every = Settings(beta=BETA, dpo_batch=len(groups.rewards)), range(len(groups.rewards))
+    with torch.no_grad(), cast():
+        ref_logps = train.sequence_logps(reference, *pad_rows(*groups.flat(every)))
+    batches = train.preference_batches(cfg, groups, ref_logps.view(-1, groups.K), list(every))
+    optimizer = train.make_optimizer(policy, "adamw", LR, 0.0)
+    loss_fn = train.preference_loss(cfg)
 
     def step() -> float:
-        micro = train.preference_batch(groups, ref_logps.view(-1, K), picks)
-        loss, log = loss_fn(policy, micro)
-        (loss / len(micro["yw_idxs"])).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), o.clip)
+        (micro_batch,), n = batches(0)
+        with cast():
+            loss, logs = loss_fn(policy, micro_batch)
+        (loss / n).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        train.summary({key: [value] for key, value in log.items()})
-        return loss.item() / len(micro["yw_idxs"])
+        train.summary({key: [value] for key, value in logs.items()})
+        return loss.item() / n
 
     return step
 
 
-def their_dpo(policy, reference, groups, beta: float, lr: float, n: int, folder: Path, turn):
+def official_dpo(policy, reference, groups):
+    """step() -> the loss, as the authors' code has it: chosen and rejected of each pair in one
+    batch, through the policy and, without gradient, the reference; log_softmax over all logits."""
+    import torch
+    import torch.nn.functional as F
+
+    import dpo
+    from gpt import pad_rows
+
+    prompts, completions = groups.flat(range(len(groups.rewards)))
+    yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards))
+    both = torch.cat([yw, yl]).tolist()  # 2N sequences
+    idx, prompt_lens, lengths = pad_rows([prompts[i] for i in both], [completions[i] for i in both])
+    mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0)
+
+    def logps(model):
+        logits = model(idx, attention_mask=(torch.arange(idx.size(1)) < lengths[:, None]).long())
+        logp = logits.logits[:, :-1].float().log_softmax(-1)
+        return (logp.gather(2, idx[:, 1:, None])[:, :, 0] * mask[:, 1:]).sum(-1)
+
+    def step() -> float:
+        pi = logps(policy)
+        with torch.no_grad():
+            ref = logps(reference)
+        h = BETA * (pi - ref)
+        loss = -F.logsigmoid(h[: len(yw)] - h[len(yw) :]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def their_dpo(policy, reference, groups, n: int, folder: Path, turn, fast: bool, bf16: bool):
     """n steps of DPOTrainer, with turn() after each: the losses, and the seconds between turns."""
     import torch
     from datasets import Dataset
@@ -133,15 +178,16 @@ def their_dpo(policy, reference, groups, beta: float, lr: float, n: int, folder:
             return loss
 
     yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards))
-    flat, K = [c for cs in groups.completion_ids for c in cs], len(groups.completion_ids[0])
+    (_, flat), K = groups.flat(range(len(groups.rewards))), groups.K
     rows = [dict(prompt_ids=groups.prompt_ids[w // K], chosen_ids=flat[w], rejected_ids=flat[l])
             for w, l in zip(yw.tolist(), yl.tolist())]
     tokenizer = PreTrainedTokenizerFast(  # only its padding id is used
         tokenizer_object=Tokenizer(tokenizer_models.WordLevel({"<pad>": 0}, "<pad>")),
         eos_token="<pad>", pad_token="<pad>")
     config = DPOConfig(output_dir=str(folder), max_steps=n, per_device_train_batch_size=len(rows),
-                       bf16=False, use_cpu=True, beta=beta, learning_rate=lr, report_to=[],
-                       save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+                       bf16=bf16, use_cpu=True, beta=BETA, learning_rate=LR, report_to=[],
+                       save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+                       precompute_ref_log_probs=fast, gradient_checkpointing=not fast)
     trainer = Trainer(policy, reference, args=config, processing_class=tokenizer,
                       train_dataset=Dataset.from_list(rows), callbacks=[Turns()])
     trainer.remove_callback(PrinterCallback)
@@ -149,22 +195,25 @@ def their_dpo(policy, reference, groups, beta: float, lr: float, n: int, folder:
     return losses, seconds
 
 
-def bench_dpo(size: str, n: int, folder: Path):
-    """One optimizer step on 96 pairs. Theirs as DPOTrainer does by default (gradient checkpointing,
-    the reference model in every step), but in float32 and with all pairs in one batch."""
+def bench_dpo(size: str, n: int, folder: Path, kind: str = ""):
+    """One optimizer step on 96 pairs, all in one batch; `kind` names the peer (see above)."""
     import copy
 
     import torch
+
+    from support import hf_gpt2
 
     reference, their_reference = models(size, folder / "reference")
     policy = copy.deepcopy(reference)
     with torch.no_grad():  # where π_θ = π_ref the loss is log 2 whatever else is wrong
         for p in policy.parameters():
             p.add_(torch.randn_like(p), alpha=0.01)
-    policy.save_pretrained(folder / "policy")
+    hf_gpt2.save(policy, folder / "policy")
     their_policy = type(their_reference).from_pretrained(folder / "policy")
     groups, losses, seconds = preferences(policy.config.vocab_size), [], []
-    step = our_dpo(policy, reference, groups, 0.1, 1e-6)
+    bf16 = kind == "bf16"
+    step = our_dpo(policy, reference, groups, (
+        lambda: torch.autocast("cpu", torch.bfloat16)) if bf16 else nullcontext)
     del reference  # ours trains without it
 
     def turn():
@@ -172,14 +221,30 @@ def bench_dpo(size: str, n: int, folder: Path):
         losses.append(step())
         seconds.append(time.process_time() - began)
 
-    their_losses, their_seconds = their_dpo(their_policy, their_reference, groups, 0.1, 1e-6, n + 1,
-                                            folder / "out", turn)
+    if kind == "official":
+        their_losses = []
+        theirs = official_dpo(their_policy, their_reference, groups)
+        seconds, their_seconds = turns(lambda: losses.append(step()),
+                                       lambda: their_losses.append(theirs()), n)
+    else:
+        their_losses, their_seconds = their_dpo(their_policy, their_reference, groups, n + 1,
+                                                folder / "out", turn, bool(kind), bf16)
+        seconds, their_seconds = seconds[1:], their_seconds[1:]
     print(f"  first loss {losses[0]:.6f}, theirs {their_losses[0]:.6f}; log 2 is 0.693147")
-    assert abs(losses[0] - their_losses[0]) < 1e-4, "not the same loss"
-    return 96, seconds[1:], their_seconds[1:]
+    assert abs(losses[0] - their_losses[0]) < (0.02 if bf16 else 1e-4), "not the same loss"
+    return 96, seconds, their_seconds
 
 
-def bench_sample(size: str, n: int, folder: Path):
+def inverse_cdf(probs, num_samples):
+    """What torch.multinomial draws, by one uniform number and a cumulative sum per row."""
+    import torch
+
+    cdf = probs.cumsum(-1)
+    u = torch.rand(len(probs), 1) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
+
+
+def bench_sample(size: str, n: int, folder: Path, kind: str = ""):
     """64 rows × 64 new tokens after 8-token prompts of equal length, so that `generate` need not
     pad; temperature 1, nothing filtered, no row ends early; both with their KV cache."""
     import torch
@@ -197,10 +262,11 @@ def bench_sample(size: str, n: int, folder: Path):
         out = ours.sample(prompts.tolist(), 64, eos=-1, seed=0)
         assert [len(row) for row in out] == [64] * 64
 
-    return 64 * 64, *turns(sample, generate, n)
+    with mock.patch("torch.multinomial", inverse_cdf) if kind == "cdf" else nullcontext():
+        return 64 * 64, *turns(sample, generate, n)
 
 
-def bench_lm(size: str, n: int, folder: Path):
+def bench_lm(size: str, n: int, folder: Path, kind: str = ""):
     """One optimizer step on 8 × 256 tokens; theirs is the plain loop on model(idx, labels=idx)."""
     import torch
 
@@ -210,19 +276,18 @@ def bench_lm(size: str, n: int, folder: Path):
     idx = torch.randint(ours.config.vocab_size, (8, 256))
     mask = torch.ones_like(idx, dtype=torch.bool)
     mask[:, 0] = False
-    o = train.Optim(n, 1e-4, 0, "constant", "adamw", 0.01)
     ours.train(), theirs.train()
     theirs.config.use_cache = False
     for dropout in (m for m in theirs.modules() if isinstance(m, torch.nn.Dropout)):
         assert dropout.p == 0, "save_pretrained should have written dropout 0"
 
     def stepper(model, loss_of):
-        optimizer, losses = train.make_optimizer(o, model), []
+        optimizer, losses = train.make_optimizer(model, "adamw", 1e-4, 0.01), []
 
         def step():
             loss = loss_of(model)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
@@ -256,12 +321,12 @@ def main(argv=None) -> None:
     transformers.utils.logging.disable_progress_bar()
     work = {"dpo": bench_dpo, "sample": bench_sample, "lm": bench_lm}
     for row in args.rows or TARGETS:
-        what, size = row.split("-")
+        what, *kind, size = row.split("-")
         with tempfile.TemporaryDirectory() as folder:
             terms, ours, theirs = work[what](size, args.turns or (7 if size == "small" else 2),
-                                             Path(folder))
+                                             Path(folder), *kind)
         a, b = (terms / statistics.median(s) for s in (ours, theirs))
-        print(f"{row:<14}{a:>10.1f} {UNITS[what]:<13} peer {b:>9.1f}   ratio {a / b:>6.2f}   "
+        print(f"{row:<20}{a:>10.1f} {UNITS[what]:<13} peer {b:>9.1f}   ratio {a / b:>6.2f}   "
               f"target {TARGETS[row]:.1f}", flush=True)
 
 

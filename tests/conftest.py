@@ -12,18 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import pipeline
+import experiments.__main__  # noqa: F401  adds the other stages
 import plot_frontier
+import train
 from support.runs import main_exit
-from train import STOP
 
 torch.set_num_threads(1)  # bit-for-bit, and a forked child must not miss its threads
 
 # a chain of stages in a second: 0.02M parameters, with dropout so that resuming is put to the test
 TINY = ("--preset toy --device cpu --threads 1 --reviews 300 --vocab 900 --n-layer 1 --n-head 2 "
         "--n-embd 16 --n-ctx 48 --sft-steps 8 --sft-batch 16 --sft-lr 0.006 --dropout 0.1 "
-        "--prompts 40 --completions 4 --eval-prompts 8 --valid-prompts 8 --optimum 4 --max-new 24 "
-        "--beta 0.5 --dpo-steps 6 --dpo-batch 5 --dpo-lr 0.0002 "
+        "--prompts 40 --num-completions 4 --eval-prompts 8 --valid-prompts 8 --optimum-samples 4 "
+        "--max-new-tokens 24 --beta 0.5 --dpo-steps 6 --dpo-batch 5 --dpo-lr 0.0002 "
         "--rm-batch 12 --ppo-steps 4 --ppo-rollouts 8").split()
 
 
@@ -32,7 +32,7 @@ def train_py(argv, figures=False) -> int:
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
             patch.setattr(plot_frontier.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
-        return main_exit(lambda: pipeline.main(list(map(str, argv))))
+        return main_exit(lambda: train.main(list(map(str, argv))))
 
 
 def command(*argv, figures=False) -> SimpleNamespace:
@@ -54,14 +54,6 @@ def refused(result, *words) -> str:
     for word in words:
         assert str(word) in lines[0], f"{word!r} is not in: {lines[0]}"
     return lines[0]
-
-
-@pytest.fixture
-def three_threads():
-    """Torch with three CPU threads, as on a machine with more cores."""
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(1)
 
 
 def in_child(work) -> tuple[int, str]:
@@ -95,13 +87,6 @@ def folder(out: Path, stage: str) -> Path:
              and not f.name.startswith("ppo-gt" if stage == "ppo" else " ")]
     assert len(found) == 1, f"{stage} under {out}: {found}"
     return found[0]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    STOP.clear()
-    yield
-    STOP.clear()
 
 
 @pytest.fixture(scope="session")

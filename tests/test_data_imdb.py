@@ -17,19 +17,8 @@ import pytest
 import regex
 
 import data_imdb
-from data_imdb import (
-    EOT,
-    Data,
-    Groups,
-    Tokens,
-    UserError,
-    gather_groups,
-    lm_batch,
-    lm_batches,
-    sample_prompts,
-    split_prompts,
-    train_bpe,
-)
+from data_imdb import (EOT, Data, Groups, Tokens, UserError, gather_groups, lm_batch, lm_batches,
+                       sample_prompts, split_prompts, train_bpe)
 
 IMDB = os.environ.get("IMDB_PATH", "")
 quiet = {"progress": lambda text: None}

@@ -14,21 +14,9 @@ from conftest import folder
 
 import evaluate as module
 from data_imdb import load_encoding
-from evaluate import (
-    correlation,
-    distinct2,
-    evaluate,
-    held_out_measures,
-    jackknife_optimum,
-    optimal_frontier,
-    optimal_reward,
-    pairwise_accuracy,
-    rank_correlation,
-    repetition,
-    sequence_kl,
-    standard_error,
-    write_samples,
-)
+from evaluate import (correlation, distinct2, evaluate, held_out_measures, jackknife_optimum,
+                      optimal_frontier, optimal_reward, pairwise_accuracy, rank_correlation,
+                      repetition, sequence_kl, standard_error, write_samples)
 from gpt import GPT, GPTConfig, pad_rows
 
 V, EOS, MAX_NEW = 4, 3, 3

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import dpo
-from pipeline import STAGES
 from support.settings import parse
+from support.student import use_module
 
 ROOT = Path(dpo.__file__).parent
 HERE = ROOT / "exercises"
@@ -189,8 +189,8 @@ def test_every_command_parses():
     commands = {c for text in texts for c in re.findall(r"python (train\.py [^`\n]+)", text)}
     assert len(commands) >= 9
     for command in commands:
-        *_, settings = parse(shlex.split(command)[1:], [*STAGES, "degenerate"], cuda=False)
-        for spec in settings.dpo_module, settings.weight:
+        *_, cfg = parse(shlex.split(command)[1:], cuda=False)
+        for spec in cfg.dpo_module, cfg.weight:
             file, _, name = spec.partition(":")
             if file.endswith(".py"):
                 assert (ROOT / file).exists(), command
@@ -205,7 +205,7 @@ def test_signatures_let_a_students_file_stand_in(monkeypatch):
         monkeypatch.setattr(dpo, name, value)  # use_module replaces some: put them back afterwards
     for number in NUMBERS:
         if theirs[number]:
-            assert set(dpo.use_module(str(FILES[number]))) == theirs[number]
+            assert set(use_module(dpo, str(FILES[number]))) == theirs[number]
 
 
 class Results:

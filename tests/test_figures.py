@@ -4,31 +4,12 @@ off, and one call draws all that a frontier.jsonl allows."""
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from test_plot_frontier import (
-    GRID,
-    START,
-    P,
-    assert_nothing_is_cut_off,
-    best_reward,
-    errorbars_of,
-    full_world,
-    labels,
-    line_of,
-    saved_by,
-    step_row,
-    world,
-    write_points,
-)
+from test_plot_frontier import (GRID, START, P, assert_nothing_is_cut_off, best_reward,
+                                errorbars_of, full_world, labels, line_of, saved_by, step_row,
+                                world, write_points)
 
-from experiments.figures import (
-    degeneration,
-    dial,
-    draw_all,
-    inspection,
-    main,
-    overoptimisation,
-    temperature,
-)
+from experiments.figures import (degeneration, dial, draw_all, inspection, main, overoptimisation,
+                                 temperature)
 from support.runs import main_exit
 
 

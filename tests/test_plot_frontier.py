@@ -18,18 +18,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 import plot_frontier
-from plot_frontier import (
-    STYLES,
-    caption,
-    envelope,
-    frontier,
-    main,
-    read_points,
-    reliable_optimum,
-    save_figure,
-    smooth,
-    training_curves,
-)
+from plot_frontier import (STYLES, caption, envelope, frontier, main, read_points, reliable_optimum,
+                           save_figure, smooth, training_curves)
 from support.runs import UserError, main_exit
 
 # ------------------------------------------------------------------------------ a synthetic world

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 import dpo
-import pipeline
-from support import settings as presets
-from support.settings import parse
+from experiments import theory
+from support.settings import PRESETS, SETTINGS_OF, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,19 +27,21 @@ MAP = re.findall(r"^\| ([^|]+) \| `(\w+)` \| `pytest -k (\w+)` \|", README, re.M
 def test_every_command_names_files_that_exist_and_flags_that_parse(command):
     words = shlex.split(command.split(" && ")[-1])
     script = next((w for w in words if w.endswith(".py")), None)
+    if "-m" in words and "pytest" not in words:
+        script = words[words.index("-m") + 1].replace(".", "/") + ".py"
     assert script is None or (ROOT / script).exists(), f"there is no {script}"
     for file in re.findall(r"-r (\S+)", command):
         assert (ROOT / file).exists(), f"there is no {file}"
     if script == "train.py":
-        stage, *_ = parse(words[words.index(script) + 1:], pipeline.STAGES, False)
-        assert stage in pipeline.STAGES
+        parse(words[words.index(script) + 1:], False)
 
 
 def test_every_equation_s_function_opens_with_it_and_has_its_test():
     assert len(MAP) >= 20, f"the map has shrunk to {len(MAP)} rows"
-    tests = (ROOT / "tests" / "test_dpo.py").read_text()
+    tests = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("dpo", "theory"))
     for where, name, key in MAP:
-        opening = inspect.getdoc(getattr(dpo, name)).splitlines()[0]
+        module = dpo if hasattr(dpo, name) else theory
+        opening = inspect.getdoc(getattr(module, name)).splitlines()[0]
         number = re.search(r"\d+$|Preferred-FT", where)
         assert number and number.group() in opening or "gradient" in where, \
             f"{name} should open with {where}, it opens with: {opening}"
@@ -50,7 +51,7 @@ def test_every_equation_s_function_opens_with_it_and_has_its_test():
 def test_every_equation_of_dpo_is_on_the_map():
     opened = re.findall(r'def (\w+)\([^"]*?"""(Eq\. \d+|Lemma \d|Theorem \d|Proposition \d|'
                         r'Definition \d|Section 4|A\.3|C\.3|Preferred-FT) ·',
-                        inspect.getsource(dpo))
+                        inspect.getsource(dpo) + inspect.getsource(theory))
     assert len(opened) >= 20
     missing = {name for name, _ in opened} - {name for _, name, _ in MAP}
     assert not missing, f"not on README's map: {missing}"
@@ -58,15 +59,15 @@ def test_every_equation_of_dpo_is_on_the_map():
 
 def test_every_file_of_the_project_is_on_the_file_map():
     listed = set(re.findall(r"`([\w/]+\.py)`", README))
-    files = {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "support")
-             for path in folder.glob("*.py") if path.name != "__init__.py"}
+    files = {str(path.relative_to(ROOT)) for folder in ("", "support", "experiments")
+             for path in (ROOT / folder).glob("*.py") if "__" not in path.name}
     assert files <= listed, f"not in README: {files - listed}"
     for name in listed - files:
         assert (ROOT / name).exists(), f"README names {name}, which does not exist"
 
 
 def test_every_preset_and_stage_is_named():
-    for name in [*presets.PRESETS, *pipeline.STAGES]:
+    for name in [*PRESETS, *SETTINGS_OF]:
         assert f"`{name}`" in README or f"|{name}" in README, f"README does not name {name}"
 
 
@@ -91,5 +92,5 @@ def test_every_logged_name_of_the_metrics_page_is_logged():
         f"eval.{key}" for row in rows for key in row.get("eval", {})}
     page = README[README.index("## What is logged"):README.index("## Where we differ")]
     for name in re.findall(r"`([a-z_.0-9]+)`", page):
-        if not name.endswith((".jsonl", ".png")) and name not in pipeline.STAGES:
+        if not name.endswith((".jsonl", ".png")) and name not in SETTINGS_OF:
             assert name in names, f"README explains {name}, which no step logs"

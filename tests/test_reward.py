@@ -11,18 +11,8 @@ import torch
 import data_imdb
 from dpo import preference_pairs, reward_model_loss
 from gpt import GPT, GPTConfig, pad_rows
-from reward import (
-    ModelReward,
-    RewardModel,
-    SiebertReward,
-    ToyReward,
-    crop,
-    label_accuracy,
-    label_batch,
-    label_batches,
-    label_loss,
-    truncate,
-)
+from reward import (ModelReward, RewardModel, SiebertReward, ToyReward, crop, label_accuracy,
+                    label_batch, label_batches, label_loss, truncate)
 from support import toy_reviews
 from support.runs import UserError, save_tensors
 

@@ -15,18 +15,8 @@ import pytest
 import torch
 
 from support import runs
-from support.runs import (
-    Run,
-    UserError,
-    file_hash,
-    json_hash,
-    load_tensors,
-    read_json,
-    read_rows,
-    save_json,
-    save_tensors,
-    write_whole,
-)
+from support.runs import (Run, UserError, file_hash, json_hash, load_tensors, read_json, read_rows,
+                          save_json, save_tensors, write_whole)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 SETTINGS, PARENTS = {"beta": 0.1, "layers": (2, 3)}, {"sft": "aaaa"}

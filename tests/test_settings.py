@@ -9,20 +9,8 @@ from conftest import command
 
 import train
 from support.runs import UserError, file_hash
-from support.settings import (
-    GROUPS,
-    OTHER_LOSSES,
-    PRESETS,
-    SETTINGS_OF,
-    TOY,
-    Settings,
-    check,
-    parse,
-    run_name,
-    settings_of,
-    stage_of,
-    user_files,
-)
+from support.settings import (GROUPS, OTHER_LOSSES, PRESETS, SETTINGS_OF, TOY, Settings, check,
+                              parse, run_name, settings_of, stage_of, user_files)
 
 FIELDS = pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
 

@@ -1,490 +1,330 @@
-"""Laws of train.py: one large batch however it is cut, one run however it is stopped, and a start
-at π_θ = π_ref that is checked."""
+"""Laws of train.py: the loop is the textbook's, however a batch is divided and however often a run
+is stopped; DPO starts at π_θ = π_ref; every number that a stage writes can be computed again."""
 
+import copy
 import functools
+import io
+import itertools
 import json
 import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, command, folder, in_child, refused, train_py
 
+import data_imdb
 import dpo
+import gpt
 import train
 from data_imdb import Groups, Tokens
 from gpt import GPT, GPTConfig, pad_rows
-from support.runs import Run, UserError
-from support.settings import Settings
-from train import (
-    STOP,
-    Interrupted,
-    Optim,
-    draw_seed,
-    fit,
-    learning_rate,
-    lm_batches,
-    lm_loss,
-    lm_plan,
-    preference_batch,
-    preference_batches,
-    preference_loss,
-    starts_at_reference,
-    summary,
-)
+from job import Job
+from reward import ToyReward
+from support import hf_gpt2, toy_reviews
+from support.runs import Run, UserError, file_hash, load_tensors, read_json, read_rows
+from support.settings import OTHER_LOSSES, Settings, parse, settings_of
+from train import lm_loss, preference_batches, score, starts_at_reference
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 V, N_CTX, EOT = 20, 24, 19
-S = replace(Settings(), precision="fp32", n_ctx=N_CTX, save_secs=math.inf, dpo_batch=7, beta=0.5)
-PER_SECOND = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
+CFG = replace(Settings(), device="cpu", precision="fp32", n_ctx=N_CTX, save_secs=math.inf,
+              dpo_batch=7, beta=0.5)
+CLOCK = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
 
 
-def model(dropout=0.0, seed=0, dtype=torch.float32):
+def make_model(dropout=0.0, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
-    made = GPT(GPTConfig(V, N_CTX, 1, 2, 8, dropout)).to(dtype)
+    model = GPT(GPTConfig(V, N_CTX, 1, 2, 8, dropout)).to(dtype)
     with torch.no_grad():  # away from the small weights of a start, so that samples differ
-        for p in made.parameters():
+        for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    return made
+    return model
 
 
-def reviews(n=60, seed=0):
-    rng = np.random.default_rng(seed)
-    parts = [np.array([EOT, *rng.integers(0, V - 1, rng.integers(3, 30))], np.uint16)
-             for _ in range(n)]
-    offsets = np.cumsum([0, *map(len, parts)])
-    return Tokens(np.concatenate([*parts, np.array([EOT], np.uint16)]), offsets)
+def reviews(n=60):
+    rng = np.random.default_rng(0)
+    parts = [[EOT, *rng.integers(0, V - 1, rng.integers(3, 30))] for _ in range(n)]
+    return Tokens(np.array([*itertools.chain(*parts), EOT], np.uint16),
+                  np.cumsum([0, *map(len, parts)]))
 
 
-def groups(P=23, K=4, seed=0, ties=True):
-    """Groups with 0 to several ties each, completions of 1 to 14 tokens."""
-    rng = np.random.default_rng(seed)
-    draw = lambda low, high: rng.integers(0, V, rng.integers(low, high)).tolist()
+def make_groups(P=23, K=4, ties=True):
+    """Completions of 1 to 14 tokens; rewards from 0 to 1, two of them often equal."""
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(0, V, rng.integers(low, high)).tolist()
+
     rewards = np.argsort(rng.random((P, K)), axis=1)
     if ties:
         rewards = np.concatenate([rewards[:, :2] + K, rng.integers(0, 3, (P, K - 2))], axis=1)
-    return Groups([[EOT, *draw(1, 8)] for _ in range(P)],
-                  [[draw(1, 15) for _ in range(K)] for _ in range(P)],
-                  rewards.astype(np.float32), True)
+    return Groups([[EOT, *ids(1, 8)] for _ in range(P)],
+                  [[ids(1, 15) for _ in range(K)] for _ in range(P)],
+                  (rewards / 8).astype(np.float32), True)
 
 
-@torch.no_grad()
-def ref_logps(reference, made, s):
-    K = len(made.completion_ids[0])
-    idx, prompt_lens, lengths = pad_rows([p for p in made.prompt_ids for _ in range(K)],
-                                         [c for cs in made.completion_ids for c in cs])
-    with train.autocast(torch.device("cpu"), s.precision):
-        logps = reference.eval().token_logps(idx, dpo.completion_mask(
-            prompt_lens, lengths, idx.size(1)))
-    return dpo.completion_logps(logps, prompt_lens, lengths).view(-1, K)
-
-
-def job(kind, net, s=S, weight="sigmoid", noise=0.0, made=None):
-    """batches, loss_fn and the unit of a small task of either kind."""
+def problem(kind, model, cfg=CFG, noise=0.0, groups=None):
+    """batches and loss_fn of a small task of either kind, and what `fit` needs beside them."""
     if kind == "lm":
-        return lm_batches(reviews(), "sft", 12, s.sft_accum, s, 1), lm_loss, "targets"
-    made = made or groups()
-    logps = ref_logps(net, made, s)
-    logps = logps + noise * torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
-    unit = "groups" if s.loss == "plackett-luce" else "pairs"
-    return (preference_batches(made, logps, list(range(len(made.rewards))), s),
-            preference_loss(s, dpo.load_weight(weight)), unit)
+        return data_imdb.lm_batches(reviews(), N_CTX, 12, cfg.sft_accum, 1), lm_loss, dict(
+            steps=6, lr=1e-2, warmup=2, weight_decay=0.1)
+    groups = groups or make_groups()
+    P, reference = len(groups.rewards), copy.deepcopy(model).float().eval()
+    ref_logps = score(Job("toy", cfg, []), reference, *groups.flat(range(P)))
+    ref_logps += noise * torch.randn(len(ref_logps), generator=torch.Generator().manual_seed(1))
+    return (preference_batches(cfg, groups, ref_logps.view(P, -1), list(range(P))),
+            train.preference_loss(cfg), dict(
+                steps=6, lr=1e-3, warmup=2, schedule="linear", optimizer="rmsprop",
+                unit="groups" if cfg.loss == "plackett-luce" else "pairs"))
 
 
-def optim(kind, steps=6, **kw):
-    o = Optim(steps, 1e-2, 2, "cosine", "adamw", 0.1) if kind == "lm" else \
-        Optim(steps, 1e-3, 2, "linear", "rmsprop")
-    return o._replace(**kw)
-
-
-def trained(folder, kind, net, s=S, o=None, check=None, evaluation=None, batches=None, **kw):
-    """The metrics of a fit in `folder`, which may have been begun before; `net` is trained."""
-    made, loss_fn, unit = job(kind, net, s, **kw)
-    with Run(folder, {}, {}) as run:
-        fit(run, "sft" if kind == "lm" else "dpo", net, batches(made) if batches else made, loss_fn,
-            o or optim(kind), s, unit, check, evaluation)
+def trained(path, kind, model, cfg=CFG, noise=0.0, groups=None, wrap=lambda batches: batches,
+            stage=None, **changes):
+    """The metrics of a fit in `path`, which may have been begun before; `model` is trained."""
+    batches, loss_fn, options = problem(kind, model, cfg, noise, groups)
+    with Run(path, {}, {}, about=dict(stage=stage or {"lm": "sft"}.get(kind, kind))) as run:
+        train.fit(Job("toy", cfg, []), run, model, wrap(batches),
+                  changes.pop("loss_fn", loss_fn), **options | changes)
         return run.metrics()
 
 
-def weights(net):
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+def stops_at(step):
+    def wrap(batches):
+        def stopping(i):
+            if i == step:
+                raise KeyboardInterrupt
+            return batches(i)
+        return stopping
+    return wrap
 
 
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if k not in PER_SECOND} for row in rows]
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-# ------------------------------------------------------------------------------ learning rate
+def without_clock(obj):
+    if isinstance(obj, list):
+        return list(map(without_clock, obj))
+    return {k: without_clock(v) for k, v in obj.items() if k not in CLOCK} \
+        if isinstance(obj, dict) else obj
 
 
-@pytest.mark.parametrize("schedule, end", [("constant", 1.0), ("linear", 0.0), ("cosine", 0.05)])
-@pytest.mark.parametrize("warmup", [0, 1, 10])
-def test_learning_rate_warms_up_to_its_peak_and_decays_to_its_end(schedule, end, warmup):
-    o = Optim(100, 3.0, warmup, schedule, "adamw")
-    lr = [learning_rate(o, step) for step in range(101)]
-    assert max(lr) == pytest.approx(3.0) and lr[warmup] == pytest.approx(3.0), "not its peak"
-    assert lr[:warmup] == pytest.approx([3.0 * (i + 1) / warmup for i in range(warmup)])
-    assert lr[0] > 0, "the first step would do nothing"
-    assert all(b <= a + 1e-12 for a, b in zip(lr[warmup:], lr[warmup + 1:])), "it rises again"
-    assert lr[100] == pytest.approx(3.0 * end), "where the schedule ends"
-    jumps = [abs(b - a) for a, b in zip(lr, lr[1:])]
-    assert max(jumps) <= 3.0 / max(1, warmup) + 0.06, "a jump"
-    half = (warmup + 100) // 2
-    middle = {"constant": 1, "linear": 0.5, "cosine": 0.525}[schedule]
-    assert lr[half] == pytest.approx(3.0 * middle, abs=0.03)
+# ------------------------------------------------------------------------------ the loop
 
 
-def test_a_warm_up_longer_than_the_run_is_cut_short():
-    o = Optim(5, 1.0, 10, "linear", "adamw")
-    assert [learning_rate(o, i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+def by_hand(model, batches, loss_fn, rates, optimizer, weight_decay, grad_clip):
+    """Adam's and RMSprop's own formulas, on the mean over all terms of a step."""
+    params = list(model.parameters())
+    m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    for t, lr in enumerate(rates, 1):
+        (micro_batch,), n = batches(t - 1)
+        loss, _ = loss_fn(model, {k: torch.as_tensor(x) for k, x in micro_batch.items()})
+        grads = torch.autograd.grad(loss / n, params)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
+        for p, g, a, b in zip(params, grads, m, v):
+            g = g * min(1, grad_clip / norm)
+            if optimizer == "adamw":
+                a.mul_(0.9).add_(0.1 * g), b.mul_(0.95).add_(0.05 * g**2)
+                step = a / (1 - 0.9**t) / ((b / (1 - 0.95**t)).sqrt() + 1e-8)
+                step += weight_decay * p.detach() * (p.dim() == 2)
+            else:
+                b.mul_(0.99).add_(0.01 * g**2)
+                step = g / (b.sqrt() + 1e-8)
+            p.data -= lr * step
 
 
-def test_draws_differ_by_seed_stage_and_step():
-    seeds = {draw_seed(a, b, c) for a in (0, 1) for b in ("sft", "dpo") for c in (0, 1, "epoch 0")}
-    assert len(seeds) == 12 and draw_seed(0, "sft", 1) == draw_seed(0, "sft", 1)
+COSINE = [0.05 + 0.95 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
 
 
-def test_only_matrices_decay():
-    net = model()
-    decayed = [g for g in train.make_optimizer(optim("lm"), net).param_groups if g["weight_decay"]]
-    assert {p.dim() for g in decayed for p in g["params"]} == {2}
-    rms = train.make_optimizer(optim("dpo"), net)
-    assert isinstance(rms, torch.optim.RMSprop) and rms.param_groups[0]["weight_decay"] == 0
-    both = sum(len(g["params"]) for g in train.make_optimizer(optim("lm"), net).param_groups)
-    assert both == len(list(net.parameters())), "a parameter is in no group, or in two"
+@pytest.mark.parametrize("kind, optimizer, schedule, factors", [
+    ("lm", "adamw", "cosine", COSINE), ("lm", "rmsprop", "constant", [1, 1, 1, 1]),
+    ("dpo", "rmsprop", "linear", [1, 3 / 4, 2 / 4, 1 / 4])])
+def test_fit_is_the_optimizer_s_formula_on_the_mean_of_all_terms(
+        tmp_path, kind, optimizer, schedule, factors):
+    """With warm-up, clipping, decay of matrices alone, and micro-batches of unequal size."""
+    one, many = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    batches, loss_fn, _ = problem(kind, one)
+    rates = [0.02 * f for f in (1 / 2, 1, *factors)]
+    rows = trained(tmp_path, kind, many, replace(CFG, sft_accum=5, dpo_accum=3), lr=0.02,
+                   optimizer=optimizer, schedule=schedule, weight_decay=0.1, grad_clip=0.3)
+    by_hand(one, batches, loss_fn, rates, optimizer, 0.1, 0.3)
+    assert [r["lr"] for r in rows] == pytest.approx(rates, rel=1e-5)
+    assert max(r["grad_norm"] for r in rows) > 0.3, "nothing was clipped, so nothing is shown"
+    assert (weights(one) - weights(make_model())).abs().max() > 1e-2, "nothing was learned"
+    assert torch.allclose(weights(one), weights(many), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------ one large batch
-
-
-@pytest.mark.parametrize("accum", [2, 5, 99])
-@pytest.mark.parametrize("kind", ["lm", "dpo", "plackett-luce", "constant"])
-def test_accumulation_equals_one_large_batch(tmp_path, kind, accum):
-    s = replace(S, loss=kind) if kind == "plackett-luce" else S
-    weight = "constant" if kind == "constant" else "sigmoid"
-    runs = []
+@pytest.mark.parametrize("accum", [2, 99])
+@pytest.mark.parametrize("kind, loss", [("lm", "pairwise"), ("dpo", "pairwise"),
+                                        ("dpo", "plackett-luce"), ("dpo", "unlikelihood")])
+def test_accumulation_equals_one_large_batch(tmp_path, kind, loss, accum):
+    """In what is learned and in what is logged."""
+    models, logs = [], []
     for parts in 1, accum:
-        net = model(dtype=torch.float64)
-        cut = replace(s, sft_accum=parts, dpo_accum=parts, weight=weight)
-        rows = trained(tmp_path / f"{parts}", kind, net, cut, weight=weight)
-        runs.append((weights(net), without_clock(rows)))
-    (one, rows), (many, others) = runs
-    start = weights(model(dtype=torch.float64))
-    assert (one - start).abs().max() > 1e-3, "nothing was learned, so nothing is shown"
+        models.append(make_model(dtype=torch.float64))
+        cfg = replace(CFG, loss=loss, sft_accum=parts, dpo_accum=parts)
+        logs.append(without_clock(trained(tmp_path / f"{parts}", kind, models[-1], cfg, noise=0.5)))
+    one, many = map(weights, models)
+    assert (one - weights(make_model())).abs().max() > 1e-3, "nothing was learned"
     assert torch.allclose(one, many, atol=1e-6), f"off by {(one - many).abs().max():.1e}"
-    for row in rows[0], others[0]:
-        row.pop("accuracy", None)  # of margins that are 0: the sign of a rounding error
-    for row, other in zip(rows, others, strict=True):
-        assert row == pytest.approx(other, rel=1e-4, abs=1e-6), "what is logged depends on the cut"
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["lm", "dpo"])
-def test_micro_batches_on_cores_end_bit_for_bit_the_same(tmp_path, three_threads, kind, dropout):
-    """Gradients are added in the order of the parts, and dropout draws in it."""
-    s, runs = replace(S, sft_accum=5, dpo_accum=5), []
-    for threads in 1, 3, 3:
-        torch.set_num_threads(threads)
-        net = model(dropout, dtype=torch.float64)
-        rows = trained(tmp_path / f"{len(runs)}", kind, net, s)
-        runs.append((weights(net), without_clock(rows)))
-    (one, _), (many, rows), (again, others) = runs
-    assert torch.equal(many, again) and rows == others
-    assert torch.allclose(one, many, atol=1e-6), "cores have changed what is learned"
-
-
-def test_unequal_micro_batches_are_not_a_mean_of_means(tmp_path):
-    """Six groups of 6 pairs and one of 3: 39 pairs, each of the same weight however it is cut."""
-    made, net = groups(7, ties=False), model()
-    made.rewards[6, 2:] = made.rewards[6, 0]
-    micros, n = job("dpo", net, replace(S, dpo_accum=2), made=made)[0](0)
-    pairs = [len(m["yw_idxs"]) for m in micros]
-    assert pairs[0] != pairs[1] and sum(pairs) == n == 39
-    row = trained(tmp_path, "dpo", net, replace(S, dpo_accum=2), made=made, noise=3.0)[0]
-    net = model()
-    batches, loss_fn, _ = job("dpo", net, made=made, noise=3.0)
-    loss, log = loss_fn(net, batches(0)[0][0])
-    assert row["loss"] == pytest.approx(loss.item() / 39, rel=1e-4)
-    assert row["margin"] == pytest.approx(log["margin"].mean().item(), rel=1e-4)
-
-
-# ------------------------------------------------------------------------------ precision
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_clipping_sees_the_gradient_itself(tmp_path, monkeypatch, precision):
-    """Under plain gradient descent a clipped step's length is lr * clip, whatever the scale."""
-    monkeypatch.setattr(train, "make_optimizer", lambda o, m: torch.optim.SGD(m.parameters(), o.lr))
-    net, s = model(), replace(S, precision=precision)
-    start = weights(net)
-    rows = trained(tmp_path, "lm", net, s, Optim(1, 0.5, 0, "constant", "sgd", clip=0.1))
-    assert rows[0]["grad_norm"] > 0.1, "nothing to clip"
-    moved = float((weights(net) - start).norm())
-    assert moved == pytest.approx(0.5 * 0.1, rel=2e-3), "clipped before unscaling?"
-    net = model()
-    trained(tmp_path / "free", "lm", net, s, Optim(1, 0.5, 0, "constant", "sgd", clip=0.0))
-    moved = float((weights(net) - start).norm())
-    assert moved == pytest.approx(0.5 * rows[0]["grad_norm"], rel=2e-2), "clip 0 must not clip"
+    for row, other in zip(*logs, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["lm", "dpo"])
 def test_half_precision_follows_float32(tmp_path, kind, precision):
-    o = optim(kind, 12)
-    losses = []
-    for p in "fp32", precision:
-        rows = trained(tmp_path / p, kind, model(), replace(S, precision=p), o)
-        losses.append([r["loss"] for r in rows])
-        assert all(math.isfinite(r["grad_norm"]) for r in rows)
-    assert losses[0][-1] < losses[0][0], "float32 itself has learned nothing"
-    tolerance = 0.02 if precision == "fp16" else 0.1
-    assert losses[1] == pytest.approx(losses[0], abs=tolerance)
+    """In the loss and in the norm of the gradient itself, not of its scaled copy."""
+    full, half = (trained(tmp_path / p, kind, make_model(), replace(CFG, precision=p), steps=12,
+                          grad_clip=0.3) for p in ("fp32", precision))
+    assert full[-1]["loss"] < full[0]["loss"], "float32 itself has learned nothing"
+    for key, tolerance in ("loss", 0.02), ("grad_norm", 0.1):
+        assert [r[key] for r in half] == pytest.approx(
+            [r[key] for r in full], rel=tolerance * (1 if precision == "fp16" else 3)), key
 
 
 def test_an_overflow_of_fp16_skips_the_step_and_lowers_the_scale(tmp_path):
-    class Overflow(torch.autograd.Function):  # a finite loss whose scaled gradient is not
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    """The scale is in the checkpoint: a run that was stopped goes on with the lower one."""
+    before, cfg = [], replace(CFG, precision="fp16", save_secs=0)
 
-        @staticmethod
-        def backward(ctx, g):
-            return g * torch.inf
+    def overflowing(model, micro_batch):
+        before.append(weights(model))
+        loss, log = lm_loss(model, micro_batch)
+        if len(before) == 2:  # a finite loss whose gradient is not
+            loss.register_hook(lambda slope: slope * math.inf)
+        return loss, log
 
-    net, before = model(), []
-    batches, _, _ = job("lm", net)
-
-    def overflowing(net, micro):
-        before.append(weights(net))
-        loss, log = lm_loss(net, micro)
-        return (Overflow.apply(loss) if len(before) == 2 else loss), log
-
-    s = replace(S, precision="fp16", save_secs=0)
-    with Run(tmp_path, {}, {}) as run:
-        fit(run, "sft", net, batches, overflowing, optim("lm", 4), s)
-        rows = run.metrics()
-        assert run.resume()["scaler"]["scale"] == 2**15, "one overflow halves the scale of 2**16"
-    assert [r["grad_norm"] is None for r in rows] == [False, True, False, False]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, "lm", make_model(), cfg, loss_fn=overflowing, wrap=stops_at(3))
+    rows = trained(tmp_path, "lm", make_model(), cfg, loss_fn=overflowing)
+    assert [r["grad_norm"] is None for r in rows] == [False, True] + [False] * 4
     assert torch.equal(before[1], before[2]), "the step that overflowed was taken"
-    assert not torch.equal(before[2], before[3])
+    assert load_tensors(tmp_path / "resume.pt")["scaler"]["scale"] == 2**15, "half of 2**16"
 
 
-# ------------------------------------------------------------------------------ stopped, resumed
-
-
-@pytest.mark.parametrize("kind", ["lm", "dpo"])
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_stopped_anywhere_ends_bit_for_bit_the_same(tmp_path, kind, optimizer, precision):
-    """With dropout on: its draws depend on the step alone. Ctrl-C at two steps, and a crash
-    between checkpoints, whose steps are done again."""
-    o = optim(kind, 8, optimizer=optimizer)
-    s = replace(S, precision=precision, sft_accum=2, dpo_accum=2)
-    whole, stopped = model(0.2), None
-    rows = trained(tmp_path / "whole", kind, whole, s, o)
-
-    def interrupted_at(step, act):
-        def wrap(batches):
-            def inner(i):
-                if i == step:
-                    act()
-                return batches(i)
-            return inner
-        return wrap
-
-    for step, act, error in ((2, lambda: STOP.append(1), Interrupted),
-                             (5, lambda: 1 / 0, ZeroDivisionError),
-                             (3, lambda: STOP.append(1), Interrupted),
-                             (7, lambda: STOP.append(1), Interrupted)):
-        stopped = model(0.2)  # a new process has the initial weights, not the last ones
-        with pytest.raises(error):
-            trained(tmp_path / "cut", kind, stopped, s, o, batches=interrupted_at(step, act))
-        STOP.clear()
-    stopped = model(0.2)
-    again = trained(tmp_path / "cut", kind, stopped, s, o)
-    assert torch.equal(weights(whole), weights(stopped)), "resuming has changed the weights"
+@pytest.mark.parametrize("kind, optimizer, precision", [
+    ("lm", "adamw", "fp32"), ("lm", "rmsprop", "bf16"), ("lm", "adamw", "fp16"),
+    ("dpo", "rmsprop", "fp32")])
+def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(tmp_path, kind, optimizer, precision):
+    """With dropout, whose draws depend on the step alone. Steps after a checkpoint are repeated."""
+    cfg = replace(CFG, precision=precision, sft_accum=2, dpo_accum=2)
+    options, whole = dict(steps=8, optimizer=optimizer), make_model(0.2)
+    rows = trained(tmp_path / "whole", kind, whole, cfg, **options)
+    for step, save_secs in ((0, 0), (1, math.inf), (1, 0), (2, 0), (4, math.inf), (5, 0), (7, 0)):
+        with pytest.raises(KeyboardInterrupt):  # a new process has the initial weights
+            trained(tmp_path / "cut", kind, make_model(0.2), replace(cfg, save_secs=save_secs),
+                    wrap=stops_at(step), **options)
+    model = make_model(0.2)
+    again = trained(tmp_path / "cut", kind, model, cfg, **options)
+    assert torch.equal(weights(whole), weights(model)), "resuming has changed the weights"
     assert without_clock(again) == without_clock(rows), "metrics.jsonl tells another story"
     assert [r["step"] for r in again] == list(range(8))
 
 
-def test_ctrl_c_saves_and_says_where(tmp_path):
-    def stop_at_3(batches):
-        return lambda step: (STOP.append(1) if step == 3 else None, batches(step))[1]
-
-    with pytest.raises(Interrupted, match="sft is saved at step 4 of 6"):
-        trained(tmp_path, "lm", model(), batches=stop_at_3)
-    with Run(tmp_path, {}, {}) as run:
-        assert run.resume()["step"] == 4
-
-
-def test_a_run_killed_after_its_last_step_has_nothing_to_do_again(tmp_path):
-    net, asked = model(), []
-    trained(tmp_path, "lm", net)
-    other = model(seed=5)
-    trained(tmp_path, "lm", other, batches=lambda b: lambda step: asked.append(step))
-    assert not asked and torch.equal(weights(net), weights(other)) and not other.training
-
-
-def test_another_number_of_threads_is_said(tmp_path, capsys):
-    with pytest.raises(Interrupted):
-        trained(tmp_path, "lm", model(), batches=lambda b: lambda i: (STOP.append(1), b(i))[1])
-    STOP.clear()
-    with Run(tmp_path, {}, {}) as run:
-        run.checkpoint(run.resume() | {"threads": 99})
-    trained(tmp_path, "lm", model())
-    out = capsys.readouterr().out
-    assert "begun with 99 threads" in out and "going on at step 1 of 6" in out
-
-
-@pytest.mark.parametrize("damage", ["width", "layers", "optimizer", "key"])
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, damage):
-    o = optim("lm")
-    with pytest.raises(Interrupted):
-        trained(tmp_path, "lm", model(), o=o, batches=lambda b: lambda i: (STOP.append(1), b(i))[1])
-    STOP.clear()
-    with Run(tmp_path, {}, {}) as run:
-        state = run.resume()
-        if damage == "key":
-            del state["scaler"]
-        run.checkpoint(state)
-    saved = (tmp_path / "resume.pt").read_bytes()
-    net = model() if damage in ("optimizer", "key") else GPT(
-        GPTConfig(V, N_CTX, 2, 2, 8) if damage == "layers" else GPTConfig(V, N_CTX, 1, 2, 16))
-    o = o._replace(optimizer="rmsprop") if damage == "optimizer" else o
-    with pytest.raises(UserError, match="resume.pt is a checkpoint of another conf.*delete") as e:
-        trained(tmp_path, "lm", net, o=o)
-    assert "\n" not in str(e.value)
-    assert (tmp_path / "resume.pt").read_bytes() == saved, "refused, and yet overwritten"
-
-
-def test_checkpoints_come_by_the_clock(tmp_path, monkeypatch):
+def test_checkpoints_come_by_the_clock_and_at_the_end(tmp_path, monkeypatch):
     saved, clock = [], iter(range(0, 1000, 4))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(Run, "checkpoint", lambda self, state: saved.append(state["step"]))
-    trained(tmp_path, "lm", model(), replace(S, save_secs=10.0), optim("lm", 12))
-    assert len(saved) in (3, 4, 5) and saved[-1] == 12, saved
+    trained(tmp_path, "lm", make_model(), replace(CFG, save_secs=10.0), steps=11)
+    assert saved == [3, 6, 9, 11], "a step takes four seconds here"
 
 
-# ------------------------------------------------------------------------------ not finite
+@pytest.mark.parametrize("stage, flag, bad", [
+    ("sft", "--sft-lr", "loss"), ("chosen", "--sft-lr", "gradient"),
+    ("reward", "--reward-lr", "loss"), ("dpo", "--dpo-lr", "gradient")])
+def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoint(tmp_path, stage, flag, bad):
+    steps, cfg, good, never = [], replace(CFG, save_secs=0), make_model(), make_model()
 
-
-@pytest.mark.parametrize("stage, flag", [("sft", "--sft-lr"), ("chosen", "--sft-lr"),
-                                         ("reward", "--reward-lr"), ("dpo", "--dpo-lr")])
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_what_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_path, stage, flag, bad):
-    def diverging(net, micro):
+    def diverging(model, micro_batch):
         steps.append(0)
-        loss, log = lm_loss(net, micro)
-        if len(steps) == 4:
-            loss = loss * math.nan if bad == "loss" else loss + 0 * net.wpe.weight.sub(
-                net.wpe.weight.detach()).sqrt().sum()  # 0 times an infinite slope
-        return loss, log
+        loss, log = lm_loss(model, micro_batch)
+        if len(steps) == 4 and bad == "gradient":
+            loss.register_hook(lambda slope: slope * math.inf)
+        return (loss * math.nan if len(steps) == 4 and bad == "loss" else loss), log
 
-    steps, net = [], model()
-    batches, _, _ = job("lm", net)
-    with Run(tmp_path, {}, {}) as run, pytest.raises(UserError) as error:
-        fit(run, stage, net, batches, diverging, optim("lm"), replace(S, save_secs=0))
-    for word in ("step 3", "step 3 in", str(tmp_path / "resume.pt"), flag, "--precision", stage):
-        assert word in str(error.value), f"{word!r} is not in: {error.value}"
-    good = model()
-    trained(tmp_path, "lm", good)  # the checkpoint is whole: another try ends as if nothing was
-    never = model()
-    trained(tmp_path / "never", "lm", never)
+    with pytest.raises(train.Diverged, match=rf"^{stage}: .*step 3;.* of step 3;.*{flag},.*fp32$"):
+        trained(tmp_path, "lm", make_model(), cfg, stage=stage, loss_fn=diverging)
+    trained(tmp_path, "lm", good, stage=stage)  # another try ends as if nothing had been
+    trained(tmp_path / "never", "lm", never, stage=stage)
     assert torch.equal(weights(good), weights(never)), "the bad step reached the checkpoint"
-
-
-def test_not_finite_before_any_checkpoint(tmp_path):
-    net = model()
-    batches, _, _ = job("lm", net)
-    with Run(tmp_path, {}, {}) as run, pytest.raises(UserError, match="step 0; nothing was saved"):
-        fit(run, "sft", net, batches, lambda m, x: (lm_loss(m, x)[0] * math.inf, {}),
-            optim("lm"), S)
-    assert not (tmp_path / "resume.pt").exists()
+    with pytest.raises(train.Diverged, match="step 0; nothing was saved"):
+        trained(tmp_path / "first", "lm", make_model(), cfg, stage=stage,
+                loss_fn=lambda model, x: (lm_loss(model, x)[0] * math.inf, {}))
 
 
 # ------------------------------------------------------------------------------ what is logged
 
 
 def test_every_step_logs_what_a_reader_asks_for(tmp_path):
-    rows = trained(tmp_path, "dpo", model())
-    wanted = {"step", "loss", "accuracy", "margin", "margin_abs", "reward_chosen",
-              "reward_rejected", "logp_chosen", "logp_rejected", "weight", "weight_5",
-              "weight_25", "weight_50", "weight_75", "weight_95", "grad_norm", "lr",
-              "tokens_per_s", "pairs_per_s", "mfu", "seconds"}
-    assert [r["step"] for r in rows] == list(range(6))
-    for row in rows:
-        assert wanted <= row.keys(), f"missing: {wanted - row.keys()}"
-        assert all(math.isfinite(row[key]) for key in wanted), row
-        assert row["weight_5"] <= row["weight_25"] <= row["weight_50"] <= row["weight_75"] \
-            <= row["weight_95"]
+    for row in (rows := trained(tmp_path, "dpo", make_model())):
+        quantiles = [f"weight_{p}" for p in (5, 25, 50, 75, 95)]
+        assert row.keys() == {
+            "step", "loss", "accuracy", "margin", "margin_abs", "reward_chosen", "reward_rejected",
+            "logp_chosen", "logp_rejected", "weight", *quantiles, "grad_norm", "lr",
+            "tokens_per_s", "pairs_per_s", "mfu", "seconds"}
+        assert all(map(math.isfinite, row.values()))
+        assert [row[q] for q in quantiles] == sorted(row[q] for q in quantiles)
         apart = row["reward_chosen"] - row["reward_rejected"]
         assert row["margin"] == pytest.approx(apart, abs=1e-4)
         assert row["margin_abs"] >= abs(row["margin"]) - 1e-6
-        assert row["mfu"] > 0 and row["pairs_per_s"] > 0 and row["lr"] > 0
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert "targets_per_s" in trained(tmp_path / "lm", "lm", model())[0]
-    s = replace(S, loss="plackett-luce")
-    assert "groups_per_s" in trained(tmp_path / "pl", "dpo", model(), s)[0]
+        assert min(row[k] for k in CLOCK if k in row) > 0
+    assert [r["step"] for r in rows] == list(range(6))
+    assert "targets_per_s" in trained(tmp_path / "lm", "lm", make_model())[0]
 
 
 def test_summary_is_means_and_quantiles():
     x = torch.linspace(0, 1, 101)[torch.randperm(101)]
-    got = summary({"weight": [x[:30], x[30:]], "other": [x.double()]})
+    got = train.summary({"weight": [x[:30], x[30:]], "other": [x.double()]})
     assert float(got["other"]) == pytest.approx(0.5) == pytest.approx(float(got["weight"]))
     for p in (5, 25, 50, 75, 95):
         assert float(got[f"weight_{p}"]) == pytest.approx(p / 100, abs=1e-6)
 
 
-def test_the_rate_of_a_matrix_product_is_finite():
-    for precision in "fp32", "bf16", "fp16":
-        assert 1e6 < train.matmul_rate(torch.device("cpu"), precision) < 1e16, precision
-
-
 def test_evaluations_are_logged_and_leave_training_as_it_was(tmp_path):
-    seen = []
-
-    def evaluation(net):
-        seen.append(net.training)
+    def evaluation(model):
         torch.rand(7)  # whatever it draws, the next step's dropout is its own
-        net.eval()
-        return {"score": len(seen)}
+        model.eval()
+        return {"score": 1}
 
-    plain, evaluated = model(0.2), model(0.2)
-    s = replace(S, eval_every=4)
-    trained(tmp_path / "a", "lm", plain, s, optim("lm", 10))
-    rows = trained(tmp_path / "b", "lm", evaluated, s, optim("lm", 10), evaluation=evaluation)
+    plain, evaluated = make_model(0.2), make_model(0.2)
+    trained(tmp_path / "a", "lm", plain, steps=10)
+    rows = trained(tmp_path / "b", "lm", evaluated, steps=10, evaluation=evaluation,
+                   evaluate_every=4)
     assert [r["step"] for r in rows if "eval" in r] == [3, 7, 9], "every fourth, and the last"
     assert torch.equal(weights(plain), weights(evaluated)), "evaluating has changed the training"
-    rows = trained(tmp_path / "c", "lm", model(), S, optim("lm", 40), evaluation=evaluation)
+    rows = trained(tmp_path / "c", "lm", make_model(), steps=40, evaluation=evaluation)
     assert [r["step"] for r in rows if "eval" in r] == [9, 19, 29, 39], "by default four in all"
 
 
 def test_compile_serves_training_and_not_sampling(tmp_path, monkeypatch):
-    calls = []
+    """Traced by torch itself, but without the minute that its code generator takes."""
+    calls, model, plain = [], make_model(), make_model()
 
-    def compiled(f, dynamic):
-        return lambda *args: (calls.append(len(args)), f(*args))[1]
+    def backend(graph, inputs):
+        return lambda *args: (calls.append(0), graph(*args))[1]
 
-    monkeypatch.setattr(torch, "compile", compiled)
-    net, plain = model(), model()
-    s = replace(S, compile=True)
-    evaluation = lambda m: dict(calls=len(calls), one=len(m.sample([[EOT]], 2, EOT, 0)),
-                                more=len(calls))
-    rows = [r["eval"] for r in trained(tmp_path / "a", "lm", net, s, evaluation=evaluation)
-            if "eval" in r]
-    assert len(calls) == 6 and all(r["calls"] == r["more"] for r in rows)
-    trained(tmp_path / "b", "lm", plain)
-    assert torch.equal(weights(net), weights(plain)) and "hidden" not in vars(net)
+    def evaluation(model):
+        trained_by, _ = len(calls), model.sample([[EOT]], 2, EOT, 0)
+        return dict(trained=trained_by, sampled=len(calls) - trained_by)
 
-
-def test_torch_compile_can_trace_the_loop(tmp_path, monkeypatch):
-    """With its own tracing, but without the minute that its code generator takes."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    net, plain = model(), model()
-    for where, trained_one, compiled in ("a", net, True), ("b", plain, False):
-        trained(tmp_path / where, "dpo", trained_one, replace(S, compile=compiled),
-                optim("dpo", 3))
-    assert torch.allclose(weights(net), weights(plain), atol=1e-5)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    rows = trained(tmp_path / "a", "dpo", model, replace(CFG, compile=True), steps=3,
+                   evaluation=evaluation)
+    evals = [r["eval"] for r in rows if "eval" in r]
+    assert evals == [dict(trained=n, sampled=0) for n in (1, 2, 3)]
+    trained(tmp_path / "b", "dpo", plain, steps=3)
+    assert torch.allclose(weights(model), weights(plain), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------ the start of DPO
@@ -495,14 +335,11 @@ START = [("pairwise", w) for w in dpo.WEIGHTS] + [("plackett-luce", "sigmoid")]
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("loss, weight", START)
-def test_dpo_starts_where_the_policy_is_the_reference(tmp_path, loss, weight, ties):
-    """Eq. 7 starts at log 2 with weight 1/2, A.3 at log K!; every margin is 0."""
-    s = replace(S, loss=loss, weight=weight)
-    check = starts_at_reference(s, 4)
-    row = trained(tmp_path, "dpo", model(), s, optim("dpo", 1), check, weight=weight,
-                  made=groups(ties=ties))[0]
-    assert row["margin"] == pytest.approx(0, abs=1e-4)
-    assert row["accuracy"] == pytest.approx(0.5, abs=0.5), "ties count half"
+def test_eq07_starts_at_log2_and_a_ranking_at_log_k_factorial(tmp_path, loss, weight, ties):
+    cfg = replace(CFG, loss=loss, weight=weight)
+    row = trained(tmp_path, "dpo", make_model(), cfg, groups=make_groups(ties=ties), steps=1,
+                  check=starts_at_reference(cfg, 4))[0]
+    assert row["margin_abs"] == pytest.approx(0, abs=1e-4)
     if loss == "plackett-luce":
         assert row["loss"] == pytest.approx(math.log(24), abs=1e-4) or \
             (ties and row["loss"] < math.log(24))
@@ -512,137 +349,670 @@ def test_dpo_starts_where_the_policy_is_the_reference(tmp_path, loss, weight, ti
             pytest.approx(row["weight_95"], abs=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cause", ["another reference", "half precision too", "dropout"])
 @pytest.mark.parametrize("loss, weight", START)
-def test_another_reference_is_caught_at_step_0(tmp_path, loss, weight, precision):
-    s = replace(S, loss=loss, weight=weight, precision=precision)
-    start, net = weights(model()), model()
-    with pytest.raises(UserError, match="dropout is on.*another model.*stale") as error:
-        trained(tmp_path, "dpo", net, s, check=starts_at_reference(s, 4), weight=weight,
-                noise=0.8, made=groups(ties=False))
-    assert "\n" not in str(error.value) and "0.6931" in str(error.value)
-    assert torch.equal(weights(net), start), "a step was taken from a wrong start"
-    assert not (tmp_path / "resume.pt").exists()
+def test_a_wrong_start_is_caught_before_the_first_step(tmp_path, loss, weight, cause):
+    cfg = replace(CFG, loss=loss, weight=weight, precision="bf16" if "half" in cause else "fp32")
+    model, start = make_model(0.3 if cause == "dropout" else 0.0), weights(make_model())
+    with pytest.raises(UserError, match="0.6931.*dropout is on.*another model.*stale"):
+        trained(tmp_path, "dpo", model, cfg, noise=0.8 * (cause != "dropout"),
+                groups=make_groups(ties=False), check=starts_at_reference(cfg, 4))
+    assert torch.equal(weights(model), start) and not (tmp_path / "resume.pt").exists()
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("loss", ["pairwise", "plackett-luce"])
-def test_dropout_is_caught_at_step_0(tmp_path, loss, ties):
-    s = replace(S, loss=loss)
-    with pytest.raises(UserError, match="likely causes: dropout is on"):
-        trained(tmp_path, "dpo", model(0.3), s, check=starts_at_reference(s, 4),
-                made=groups(ties=ties))
+def test_the_start_is_checked_once(tmp_path):
+    rows, cfg = [], replace(CFG, save_secs=0)
+    for step in 2, 5:
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path, "dpo", make_model(), cfg, check=rows.append, wrap=stops_at(step))
+    assert len(rows) == 1 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_the_start_is_not_asked_for_again_after_resuming(tmp_path):
-    asked = []
-    for steps in 2, 5:
-        with pytest.raises(Interrupted):
-            trained(tmp_path, "dpo", model(), check=asked.append,
-                    batches=lambda b: lambda i: (STOP.append(1) if i == steps else None, b(i))[1])
-        STOP.clear()
-    assert len(asked) == 1 and asked[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+# ------------------------------------------------------------------------------ batches, losses
 
 
-# ------------------------------------------------------------------------------ batches
+def plain_logps(model, prompts, completions):
+    """log π(y|x) of one completion at a time: no batch, no mask, no padding."""
+    logps = []
+    for prompt, completion in zip(prompts, completions):
+        ids = torch.tensor([prompt + completion])
+        logp = model(ids[:, :-1])[0].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        logps.append(logp[len(prompt) - 1 :].sum())
+    return torch.stack(logps)
 
 
-@pytest.mark.parametrize("n, batch", [(60, 12), (61, 12), (400, 4), (7, 7)])
-def test_an_epoch_has_every_window_once(n, batch):
-    lengths = np.random.default_rng(0).integers(1, 30, n)
-    plans = [lm_plan(lengths, batch, seed) for seed in (0, 0, 1)]
-    for plan in plans:
-        assert plan.shape == (n // batch, batch), "an incomplete batch is left to the next epoch"
-        assert len(set(plan.flatten())) == plan.size, "a window twice"
-    assert (plans[0] == plans[1]).all() and (n == batch or (plans[0] != plans[2]).any())
-    if n == 400:
-        spread = np.ptp(lengths[plans[0]], axis=1).mean()
-        assert spread < 5, f"lengths within a batch differ by {spread:.1f} of 29: padding"
-        longer = np.diff(lengths[plans[0]].mean(1)) > 0
-        assert 0.3 < longer.mean() < 0.7, "short ones first: a curriculum nobody asked for"
-
-
-def test_lm_batches_are_a_function_of_seed_and_step():
-    tokens = reviews()
-    starts, lengths = tokens.windows(N_CTX)
-    per_epoch = len(starts) // 12
-    one, two = (lm_batches(tokens, "sft", 12, 3, S, 1) for _ in range(2))
-    other = lm_batches(tokens, "sft", 12, 3, replace(S, seed=1), 1)
-    for step in (3 * per_epoch, 0, per_epoch - 1, per_epoch):
-        (a, n), (b, m), (c, _) = one(step), two(step), other(step)
-        assert n == m and all(torch.equal(x[k], y[k]) for x, y in zip(a, b) for k in x)
-        assert not all(x["idx"].shape == y["idx"].shape and torch.equal(x["idx"], y["idx"])
-                       for x, y in zip(a, c)), "another seed, the same batch"
-    for epoch in (0, 1):
-        seen, total = [], 0
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            micros, n = one(step)
-            assert len(micros) == 3 and sum(int(m["mask"].sum()) for m in micros) == n
-            for m in micros:
-                assert not m["mask"][:, 0].any(), "nothing predicts a first token"
-                assert torch.equal(m["mask"].sum(1) + 1, m["lengths"])
-                seen += [tuple(row[:k]) for row, k in zip(m["idx"].tolist(), m["lengths"].tolist())]
-            total += n
-        assert len(set(seen)) == len(seen) == 12 * per_epoch, "a window twice in an epoch"
-        assert total <= lengths.sum() and total >= lengths.sum() - 12 * N_CTX
-
-
-def test_lm_loss_is_the_sum_over_targets():
-    net = model()
-    (micro,), n = lm_batches(reviews(), "sft", 12, 1, S, 1)(0)
-    loss, _ = lm_loss(net, micro)
-    inputs, targets = micro["idx"][:, :-1], micro["idx"][:, 1:]
-    logp = net(inputs).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    assert loss.item() == pytest.approx(-logp[micro["mask"][:, 1:]].sum().item(), rel=1e-5)
-    assert n == micro["mask"].sum(), "the number of its terms"
-
-
-def test_more_micro_batches_than_windows_and_fewer_windows_than_a_batch():
-    micros, _ = lm_batches(reviews(), "sft", 4, 9, S, 1)(0)
-    assert len(micros) == 4
-    with pytest.raises(UserError, match="windows, fewer than a batch of 99999: lower --sft-batch"):
-        lm_batches(reviews(), "sft", 99_999, 1, S, 1)
-
-
-def test_a_pass_has_every_group_once():
-    made, picked = groups(23), []
+def test_a_pass_has_every_group_once_and_the_next_is_shuffled_anew():
+    groups, picked = make_groups(23), []
     logps = torch.arange(23 * 4.0).view(23, 4)  # tells which completions came
-    train_on = [i for i in range(23) if i % 5]
-    batches, again = (preference_batches(made, logps, train_on, S) for _ in range(2))
-    for step in range(0, 36):  # 14 passes of 18 groups, in batches of 7
-        micros, n = batches(step)
-        rows = torch.cat([m["ref_logps"] for m in micros]).view(-1, 4)
-        assert n == sum(len(m["yw_idxs"]) for m in micros) and len(rows) == 7
+    learned = [i for i in range(23) if i % 5]
+    batches, again = (preference_batches(CFG, groups, logps, learned) for _ in range(2))
+    for step in range(36):  # 14 passes of 18 groups, in batches of 7
+        micro_batches, n = batches(step)
+        rows = torch.cat([m["ref_logps"] for m in micro_batches]).view(-1, 4)
+        assert n == sum(len(m["yw_idxs"]) for m in micro_batches) and len(rows) == 7
         picked += (rows[:, 0] // 4).int().tolist()
-    for i in range(0, len(picked), len(train_on)):
-        assert sorted(picked[i : i + len(train_on)]) == train_on, "a group twice in a pass"
-    assert picked[:18] != picked[18:36], "each pass is shuffled anew"
-    for step in (35, 4):
-        assert torch.equal(batches(step)[0][0]["idx"], again(step)[0][0]["idx"])
-    micros, n = preference_batches(made, logps, train_on, replace(S, loss="plackett-luce"))(0)
-    assert n == 7, "a ranking is one term"
-    assert len(preference_batches(made, logps, train_on, replace(S, dpo_accum=9))(0)[0]) == 7
+    for i in range(0, len(picked), 18):
+        assert sorted(picked[i : i + 18]) == learned, "a group twice in a pass"
+    assert picked[:18] != picked[18:36], "not shuffled anew"
+    assert torch.equal(batches(4)[0][0]["idx"], again(4)[0][0]["idx"])
+    ranking = replace(CFG, loss="plackett-luce", dpo_accum=9)
+    micro_batches, n = preference_batches(ranking, groups, logps, learned)(0)
+    assert len(micro_batches) == n == 7, "a ranking is one term"
 
 
-def test_a_preference_batch_has_every_completion_once_and_every_pair():
-    made = groups(23)
-    picks = np.flatnonzero(made.rewards[:, 2] == made.rewards[:, 3])[:3]
-    picks = np.array([*picks, *(i for i in (4, 0, 11, 7) if i not in picks)])[:5]
-    micro = preference_batch(made, torch.randn(23, 4), picks)
-    assert len(micro["idx"]) == 20, "each completion goes forward once"
-    for row, (g, k) in enumerate((g, k) for g in picks for k in range(4)):
-        p, n = int(micro["prompt_lens"][row]), int(micro["lengths"][row])
-        assert micro["idx"][row, :p].tolist() == made.prompt_ids[g]
-        assert micro["idx"][row, p:n].tolist() == made.completion_ids[g][k]
-    rewards = made.rewards[picks].flatten()
-    pairs = {(w, l) for w in range(20) for l in range(20)
-             if w // 4 == l // 4 and rewards[w] > rewards[l]}
-    assert pairs == set(zip(micro["yw_idxs"].tolist(), micro["yl_idxs"].tolist()))
-    assert len(pairs) <= 27, "there are no ties in this test"
+def test_eq01_labels_are_drawn_once_and_by_the_label_scale():
+    """Sampled and soft labels have every pair, also a tie; hard ones the ordered pairs."""
+    groups, every = make_groups(200), list(range(200))
+
+    def labels(step=0, **changes):
+        (m,), n = preference_batches(replace(CFG, dpo_batch=200, **changes), groups,
+                                     torch.zeros(200, 4), every)(step)
+        pairs = list(zip(m["yw_idxs"].tolist(), m["yl_idxs"].tolist()))
+        ids, r = m["idx"].tolist(), m["rewards"].flatten()
+        gap = torch.tensor([r[w] - r[l] for w, l in pairs])
+        return gap, m["p"], n, sorted((ids[w], ids[l]) for w, l in pairs)
+
+    gap, p, n, _ = labels(labels="hard")
+    assert (gap > 0).all() and (p == 1).all() and n < 1200
+    for scale in 1.0, 10.0:
+        gap, p, n, _ = labels(labels="soft", label_scale=scale)
+        assert n == 1200 and (gap >= 0).all() and torch.allclose(p, (scale * gap).sigmoid())
+        drawn, ones, n, won = labels(labels="sampled", label_scale=scale)
+        right = float((drawn > 0).sum() / (drawn != 0).sum())
+        assert right == pytest.approx(float(p[gap > 0].mean()), abs=0.04)
+        assert n == 1200 and (ones == 1).all()
+    assert labels(5, labels="sampled")[3] == won, "drawn again in a later pass"
+    assert labels(labels="sampled", run_seed=1)[3] != won
+
+
+@pytest.mark.parametrize("loss, labels", [
+    ("pairwise", "hard"), ("pairwise", "soft"), ("pairwise", "sampled"), ("plackett-luce", "hard"),
+    ("unlikelihood", "hard"), ("preferred-ft", "hard")])
+def test_every_loss_equals_its_formula_on_one_completion_at_a_time(loss, labels):
+    cfg = replace(CFG, loss=loss, labels=labels, alpha=0.3, beta=0.7, label_scale=4.0)
+    model, groups = make_model(), make_groups(7, ties=loss != "plackett-luce")
+    batches, loss_fn, _ = problem("dpo", model, cfg, noise=2.0, groups=groups)
+    (m,), n = batches(0)
+    total, log = loss_fn(model, m)
+    order = [groups.prompt_ids.index(row[:p]) for row, p in zip(
+        m["idx"].tolist()[::4], m["prompt_lens"].tolist()[::4])]
+    assert sorted(order) == list(range(7)) and len(m["idx"]) == 28, "each completion once"
+    logps, r = plain_logps(model, *groups.flat(order)).tolist(), groups.rewards[order].flatten()
+    h = [0.7 * (a - b) for a, b in zip(logps, m["ref_logps"].tolist())]
+    pairs = [(w, l) for w in range(28) for l in range(28) if w // 4 == l // 4 and r[w] > r[l]]
+    if labels != "hard":  # drawn, or with ties
+        pairs = list(zip(m["yw_idxs"].tolist(), m["yl_idxs"].tolist()))
+    margins = torch.tensor([h[w] - h[l] for w, l in pairs])
+    wrong, right = np.logaddexp(0, -margins.numpy()), np.logaddexp(0, margins.numpy())
+    p = 1 / (1 + np.exp([-4 * (r[w] - r[l]) for w, l in pairs]))
+    ranks = [sorted(range(4 * g, 4 * g + 4), key=lambda i: -r[i]) for g in range(7)]
+    terms = {
+        "unlikelihood": [0.3 * logps[l] - logps[w] for w, l in pairs],
+        "preferred-ft": [-logps[w] for w, _ in pairs],
+        "plackett-luce": [sum(np.logaddexp.reduce([h[i] for i in rank[k:]]) - h[rank[k]]
+                              for k in range(3)) for rank in ranks],
+        "pairwise": p * wrong + (1 - p) * right if labels == "soft" else wrong}[loss]
+    assert len(terms) == n and total.item() == pytest.approx(sum(terms), rel=1e-4)
+    assert torch.allclose(log["margin"].sort()[0], margins.sort()[0], atol=1e-4)
+    assert log["accuracy"].sum() == (margins > 0).sum()
+    if loss in OTHER_LOSSES:
+        assert (log["weight"] == 1).all(), "no weight, so a pair in order is pushed on"
 
 
 @pytest.mark.parametrize("weight", dpo.WEIGHTS)
-def test_every_weight_learns_to_order_the_pairs(tmp_path, weight):
-    s = replace(S, weight=weight, dpo_batch=23)
-    rows = trained(tmp_path, "dpo", model(), s, optim("dpo", 25, lr=3e-3), weight=weight)
-    assert rows[-1]["accuracy"] > 0.7 and rows[-1]["margin"] > 0.05, rows[-1]
+def test_sec4_every_weight_has_its_gradient(weight):
+    cfg, model = replace(CFG, weight=weight, beta=0.7), make_model()
+    batches, loss_fn, _ = problem("dpo", model, cfg, noise=2.0)
+    (m,), _ = batches(0)
+    total, log = loss_fn(model, m)
+    w = dpo.WEIGHTS[weight](log["margin"], 0.7)
+    logps = train.sequence_logps(model, m["idx"], m["prompt_lens"], m["lengths"])
+    by_hand = (-0.7 * w * (logps[m["yw_idxs"]] - logps[m["yl_idxs"]])).sum()
+    for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (total, by_hand))):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()) + 1e-6)
+    assert torch.equal(log["weight"], w)
+
+
+def test_scores_do_not_depend_on_the_company():
+    model, texts = make_model().eval(), make_groups().flat(range(23))
+    few = Job("toy", replace(CFG, max_new_tokens=3000), [])
+    assert few.batch_size() // 8 == 3, "three at a time"
+    whole = score(Job("toy", CFG, []), model, *texts)
+    assert torch.allclose(whole, plain_logps(model, *texts), atol=1e-4)
+    assert torch.allclose(whole, score(few, model, *texts), atol=1e-4)
+    order = np.random.default_rng(0).permutation(92)
+    shuffled = score(few, model, *([x[i] for i in order] for x in texts))
+    assert torch.allclose(shuffled, whole[order], atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_scores_are_rounded_as_in_training(precision):
+    """By the same path: π_θ and π_ref then differ by what was learned, and not by rounding."""
+    model, texts = make_model(), make_groups().flat(range(23))
+    job = Job("toy", replace(CFG, precision=precision), [])
+    scores = score(job, model, *texts)
+    assert (scores - score(Job("toy", CFG, []), model, *texts)).abs().max() > 1e-3
+    with job.autocast():
+        assert torch.allclose(scores, train.sequence_logps(model, *pad_rows(*texts)), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------ the stages
+
+
+@pytest.fixture
+def job(chain):
+    argv = [*TINY, "--out", str(chain.out), "--data", str(chain.data)]
+    _, preset, _, cfg = parse(argv, False)
+    return Job(preset, cfg, argv)
+
+
+def made(job, path, stage, groups=None, **settings):
+    """The policy of a stage made in `path`, from the job's parents, with other settings."""
+    job = job.beside(replace(job.cfg, **settings))
+    if groups:
+        job.groups = groups
+    with Run(path, {}, {}, about=job.about(stage)) as run:
+        train.STAGES[stage].make(job, run)
+    return weights(GPT.load(path / "model.pt"))
+
+
+FEW = {"sft": dict(sft_steps=3, sft_warmup=1),
+       "dpo": dict(dpo_steps=3, dpo_warmup=1, dpo_lr=0.01, eval_every=9)}
+OTHERS = {
+    "sft": [dict(sft_steps=4), dict(sft_batch=15), dict(sft_lr=0.01), dict(sft_warmup=0),
+            dict(sft_decay=0.5), dict(dropout=0.2)],
+    "dpo": [dict(beta=0.1), dict(weight="constant"), dict(loss="plackett-luce"), dict(run_seed=1),
+            dict(labels="sampled"), dict(labels="soft"), dict(labels="soft", label_scale=3.0),
+            dict(loss="unlikelihood"), dict(loss="unlikelihood", alpha=0.9), dict(dpo_steps=4),
+            dict(dpo_batch=4), dict(dpo_optimizer="adamw"), dict(dpo_schedule="constant"),
+            dict(dpo_lr=0.02), dict(dpo_warmup=2), dict(grad_clip=0.0)]}
+
+
+@pytest.mark.parametrize("stage", OTHERS)
+def test_no_setting_is_ignored(job, tmp_path, stage):
+    """Each changes what is learned; those that say where and how a run goes do not."""
+    names = settings_of(job.cfg, ("sft",) if stage == "sft" else ("method", "dpo")).keys()
+    tried = {name for other in OTHERS[stage] for name in other}
+    assert names - tried <= {"dpo_module", "eval_every"}, "a setting without its line"
+    results = [made(job, tmp_path / str(i), stage, **FEW[stage] | other)
+               for i, other in enumerate([{}, dict(save_secs=0, eval_every=1), *OTHERS[stage]])]
+    assert torch.equal(*results[:2])
+    for (i, a), (j, b) in itertools.combinations(enumerate(results[1:]), 2):
+        assert not torch.equal(a, b), (OTHERS[stage][i - 1], OTHERS[stage][j - 1])
+
+
+FILES = {
+    "sft": {"config.json", "metrics.jsonl", "model.pt", "bpe.tiktoken"},
+    "groups": {"config.json", "groups.jsonl", "ref_logps.pt", "reference.json"},
+    "dpo": {"config.json", "metrics.jsonl", "model.pt", "bpe.tiktoken", "result.json",
+            "samples.txt", "curves.png"}}
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_a_stage_leaves_its_files_and_says_what_was_run(chain, stage):
+    run = folder(chain.out, stage)
+    assert {f.name for f in run.iterdir()} - {".lock"} == FILES[stage]
+    config = read_json(run / "config.json")
+    assert config["settings"]["n_embd"] == 16 and config["settings"]["precision"] == "fp32"
+    assert ("beta" in config["settings"]) == (stage == "dpo"), "a later stage's setting"
+    assert not {"out", "data", "threads"} & config["settings"].keys(), "where, and not what"
+    assert config["about"]["command"][: len(TINY)] == TINY and config["about"]["preset"] == "toy"
+    assert config["about"]["torch"] == torch.__version__ and config["about"]["threads"] == 1
+    parents = {"sft": [], "groups": ["sft"], "dpo": ["sft", "groups"]}[stage]
+    assert config["parents"] == {"data": config["parents"]["data"]} | {
+        name: file_hash(folder(chain.out, name) / train.STAGES[name].final) for name in parents}
+
+
+def test_sft_validates_on_reviews_that_it_has_not_seen(chain, job):
+    """Nats per token, equal to a plain loop over the reviews, and falling."""
+    model, tokens = job.policy("sft").eval(), job.data.tokens["valid"]
+    starts, lengths = tokens.windows(48)
+    rows = [tokens.stream[a : a + n + 1].tolist() for a, n in zip(starts, lengths)]
+    with torch.no_grad():
+        nll = -plain_logps(model, [row[:1] for row in rows], [row[1:] for row in rows]).sum()
+    metrics = read_rows(folder(chain.out, "sft") / "metrics.jsonl")
+    losses = [r["eval"]["loss"] for r in metrics if "eval" in r]
+    assert losses[-1] == pytest.approx(float(nll) / lengths.sum(), rel=1e-4)
+    assert losses[-1] < losses[0] and f"validation loss {losses[-1]:.3f} nats per" in chain.text
+
+
+def test_init_starts_from_a_hugging_face_folder(job, tmp_path):
+    """One step at a vanishing rate: what comes out is what went in."""
+    hf_gpt2.save(job.policy("sft"), tmp_path / "hf")
+    one = made(job, tmp_path / "out", "sft", init=str(tmp_path / "hf"), sft_steps=1, sft_lr=1e-12)
+    assert torch.allclose(one, weights(job.policy("sft")), atol=1e-9)
+
+
+def test_groups_the_optimum_and_the_evaluations_each_have_their_own_prompts(job, tmp_path):
+    """Of train, test and validation reviews, and disjoint: of 250 short prompts some recur in the
+    test reviews, where they are drawn again."""
+    job = job.beside(replace(job.cfg, prompts=250, num_completions=2, max_new_tokens=8))
+    asked, judge = [], ToyReward(job.data.enc)
+    job.reward = lambda *texts: (asked.append(texts), judge(*texts))[1]
+    with Run(tmp_path, {}, {}, "ref_logps.pt", job.about("groups")) as run:
+        train.groups(job, run)
+    info = read_json(tmp_path / "reference.json")
+    (prompts, samples), *evaluated = asked
+    sets = dict(train=set(map(tuple, prompts[:500])), test=set(map(tuple, info["prompts"])),
+                valid=set(map(tuple, info["valid"])))
+    for split, drawn in sets.items():
+        prefixes = {tuple(x[:k].tolist()) for x in job.data.tokens[split] for k in range(3, 10)}
+        assert drawn <= prefixes, f"not all are prompts of {split} reviews"
+    assert not any(a & b for a, b in itertools.combinations(sets.values(), 2))
+    assert info["notes"]["evaluation prompts drawn again"] > 0, "so nothing was avoided here"
+    rewards = judge(prompts, samples)
+    kept = [i for i in range(250) if rewards[2 * i] != rewards[2 * i + 1]]
+    groups = data_imdb.read_groups(tmp_path / "groups.jsonl", job.data.enc, 48)
+    assert info["notes"]["equal rewards"] == 250 - len(kept) > 0
+    assert groups.flat(range(len(kept))) == tuple(
+        [x[i] for k in kept for i in (2 * k, 2 * k + 1)] for x in (prompts, samples))
+    assert groups.rewards == pytest.approx(rewards[:500].view(-1, 2)[kept].numpy(), abs=1e-6)
+    assert prompts[500:] == [p for p in info["prompts"] for _ in range(4)]
+    assert info["optimum"][0]["reward"] == pytest.approx(float(rewards[500:].mean()), abs=1e-4)
+    assert info["optimum"][0]["kl"] == pytest.approx(0, abs=1e-6), "at β = 1e9 it is π_ref"
+    for (prompts, samples), name, value in zip(evaluated, ("valid", "prompts"), (
+            info["valid_reward"], info["point"]["reward"]), strict=True):
+        assert prompts == info[name]
+        assert value == pytest.approx(float(judge(prompts, samples).mean()), abs=1e-6)
+
+
+def test_every_chunk_of_samples_has_its_own_draws(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHUNK", 4)
+    prompts, policy = job.groups.prompt_ids[:1] * 12, job.policy("sft")
+    with Run(tmp_path, {}, {}) as run:
+        ids = train.sample_all(job, run, policy, prompts, "groups")
+    assert len(set(map(str, ids))) == 12
+
+
+def test_reference_log_probs_are_those_of_the_reference(job):
+    with torch.no_grad():
+        plain = plain_logps(job.policy("sft").eval(), *job.groups.flat(range(len(job.ref_logps))))
+    assert torch.allclose(job.ref_logps.flatten(), plain, atol=1e-3)
+    assert job.reference_eval["point"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_held_out_groups_are_measured_and_never_trained_on(job, tmp_path):
+    learned, held = job.split
+    settings = FEW["dpo"] | dict(dpo_steps=len(learned) // 5 + 1)  # a whole pass
+    policies, accuracies = [], []
+    for name, turned in ("as they are", []), ("held", held), ("learned", learned[-1:]):
+        groups = copy.deepcopy(job.groups)  # with the order of some groups turned round
+        groups.rewards[turned] = 1 - groups.rewards[turned]
+        policies.append(made(job, tmp_path / name, "dpo", groups, **settings))
+        accuracies.append(read_json(tmp_path / name / "result.json")["accuracy"])
+    assert torch.equal(*policies[:2]), "the order of held-out groups was learned"
+    assert not torch.equal(*policies[1:])
+    assert accuracies[1] == pytest.approx(1 - accuracies[0]) != accuracies[0]
+
+
+def test_groups_without_a_ranking_are_left_out_of_plackett_luce(job, tmp_path, capsys):
+    groups, (learned, _) = copy.deepcopy(job.groups), job.split
+    settings = FEW["dpo"] | dict(loss="plackett-luce", dpo_batch=1)
+    groups.rewards[:] = [1, 1, 0, 0]
+    with pytest.raises(UserError, match="nothing to rank"):
+        made(job, tmp_path / "none", "dpo", groups, **settings)
+    groups.rewards[learned[0]] = [3, 2, 1, 0]
+    made(job, tmp_path / "one", "dpo", groups, **settings)
+    n = len(learned)
+    assert f"{n - 1} of {n} groups are skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, shown", [("unlikelihood", "α 0.5"), ("preferred-ft", "preferred")])
+def test_dpo_with_another_loss_is_a_stage_of_its_own(chain, copied, stage, shown):
+    out = copied("sft", "groups")
+    result = command("--stage", stage, *TINY, "--dpo-steps", 1, "--out", out, "--data", chain.data)
+    assert result.code == 0 and result.out.count("found in") == 2, result.err
+    assert f"\nπ_θ, {shown} " in result.out
+    assert read_json(folder(out, stage) / "config.json")["settings"]["loss"] == stage
+
+
+def test_the_result_is_the_last_evaluation_and_can_be_computed_again(chain, job):
+    run, prompts, held = folder(chain.out, "dpo"), job.reference_eval["prompts"], job.split[1]
+    result, rows = read_json(run / "result.json"), read_rows(run / "metrics.jsonl")
+    assert [r["eval"] for r in rows if "eval" in r][-1] == result
+    policy, reference = job.policy("dpo"), job.policy("sft")
+    again = train.without_texts(job.evaluate(policy, reference, prompts))
+    valid = job.evaluate(policy, reference, job.reference_eval["valid"])
+    with torch.no_grad():
+        logps = plain_logps(policy, *job.groups.flat(held)).view(-1, 4)
+    pairs = [(g, w, l) for g, r in enumerate(job.groups.rewards[held])
+             for w in range(4) for l in range(4) if r[w] > r[l]]
+    h = logps - job.ref_logps[held]
+    again |= dict(
+        valid_reward=valid["reward"], valid_kl=valid["kl"],
+        accuracy=np.mean([float(h[g, w] > h[g, l]) for g, w, l in pairs]),
+        logp_chosen=np.mean([float(logps[g, w]) for g, w, _ in pairs]),
+        logp_rejected=np.mean([float(logps[g, l]) for g, _, l in pairs]))
+    assert again.keys() == result.keys()
+    for key in again.keys() - {"seconds"}:
+        assert again[key] == pytest.approx(result[key], abs=1e-4), key
+
+
+def test_the_chain_in_half_precision_starts_at_its_reference(chain, tmp_path):
+    result = command(*TINY, "--precision", "bf16", "--dpo-steps", 1, "--out", tmp_path, "--data",
+                     chain.data)
+    assert result.code == 0, result.err
+    assert read_rows(folder(tmp_path, "dpo") / "metrics.jsonl")[0]["margin_abs"] < 0.05
+    assert read_json(folder(tmp_path, "sft") / "config.json")["settings"]["precision"] == "bf16"
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def test_what_is_finished_is_found_and_nothing_is_written(chain):
+    files = {path: path.stat().st_mtime_ns for path in chain.out.rglob("*") if path.is_file()}
+    for extra in [], ["--precision", "fp32", "--save-secs", 0, "--dpo-accum", 2]:
+        result = command(*TINY, *extra, "--out", chain.out, "--data", chain.data)
+        assert result.code == 0 and "making" not in result.out, result.err
+        assert re.findall(r"^(\w+): found in", result.out, re.M) == ["sft", "groups", "dpo"]
+        table = chain.text[chain.text.index("reward r*") : chain.text.index("more samples")]
+        assert table in result.out, "another table"
+    assert files == {path: path.stat().st_mtime_ns for path in chain.out.rglob("*")
+                     if path.is_file()}, "something was computed again"
+    assert chain.text.startswith("preset toy (--preset); stage dpo\n")
+    assert re.findall(r"^(\w+): making", chain.text, re.M) == ["sft", "groups", "dpo"]
+
+
+def contents(run: Path) -> dict:
+    """Everything that a run has made, but for how long it took."""
+    made = {"metrics.jsonl": []}
+    for path in run.iterdir():
+        if path.name == "metrics.jsonl":
+            made[path.name] = without_clock(read_rows(path))
+        elif path.name in ("result.json", "reference.json", "report.json"):
+            made[path.name] = without_clock(read_json(path))
+        elif path.name not in (".lock", "config.json", "curves.png"):
+            made[path.name] = path.read_bytes()
+    return made
+
+
+def same(run: Path, other: Path) -> None:
+    a, b = contents(run), contents(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], f"{name} of {run.name} differs from that of a run never stopped"
+
+
+# ------------------------------------------------------------------------------ killed, Ctrl-C
+
+
+KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
+SENTENCE = "stopped; the same command goes on from the last checkpoint"
+
+
+def stopped(argv, by, kind, name="", n=1) -> str:
+    """Run train.py in a child that sends itself a signal: halfway through the n-th line that it
+    logs, at the n-th token that it samples, halfway through the n-th write of a file ("torn"), or
+    right after that file is in place. Returns what it printed."""
+    calls = itertools.count(1)
+
+    def due(now, path=""):
+        return now == kind and Path(path).name == name and next(calls) == n
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        log, draw, rename = Run.log, gpt.sample_inverse_cdf, os.replace
+
+        def dying_log(run, row):
+            if due("log"):
+                with open(run.path("metrics.jsonl"), "a") as file:
+                    file.write(json.dumps(row)[:40])
+                os.kill(os.getpid(), by)
+            log(run, row)
+
+        def dying_draw(*args):
+            if due("sample"):
+                os.kill(os.getpid(), by)
+            return draw(*args)
+
+        def dying_rename(source, path):
+            if due("torn", path):
+                os.truncate(source, os.path.getsize(source) // 2)
+                os.kill(os.getpid(), by)
+            rename(source, path)
+            if due("after", path):
+                os.kill(os.getpid(), by)
+
+        Run.log, gpt.sample_inverse_cdf, os.replace = dying_log, dying_draw, dying_rename
+        return train_py(argv)
+
+    code, text = in_child(work)
+    assert code == (-KILL if by == KILL else 130), f"{kind} {name} {n} ended with {code}: {text}"
+    return text
+
+
+def stopped_and_finished(argv, *stops):
+    """A run stopped in each of these ways, and the same command at last left alone."""
+    for stop in stops:
+        text = stopped([*argv, "--save-secs", 0], *stop)
+        if stop[0] == CTRL_C:
+            assert text.count(SENTENCE) == 1 and "Traceback" not in text, text
+    result = command(*argv)
+    assert result.code == 0, result.err
+    return result
+
+
+def test_stopped_while_the_corpus_is_built_and_in_sft(chain, tmp_path):
+    argv = [*TINY, "--stage", "sft", "--out", tmp_path / "out", "--data", tmp_path / "data"]
+    stopped_and_finished(
+        argv, (KILL, "torn", "bpe.tiktoken"), (CTRL_C, "torn", "train.npy"),
+        (KILL, "torn", "about.json"), (KILL, "log"), (CTRL_C, "log", "", 2),
+        (KILL, "torn", "resume.pt", 3), (KILL, "log", "", 4), (CTRL_C, "torn", "resume.pt"),
+        (KILL, "after", "resume.pt", 2), (KILL, "torn", "model.pt"))
+    same(folder(tmp_path / "out", "sft"), folder(chain.out, "sft"))
+    argv += ["--sft-steps", 2]
+    stopped(argv, KILL, "after", "model.pt")  # finished: nothing comes after it
+    assert "found in" in command(*argv).out
+    assert len(list((tmp_path / "out").rglob("bpe.tiktoken"))) == 2
+
+
+def test_stopped_while_sampling(chain, copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHUNK", 40)  # 5 chunks of 40 completions
+    argv, out = [*TINY, "--stage", "groups", "--data", chain.data, "--out"], copied("sft")
+    shutil.copytree(out, tmp_path / "whole")
+    assert command(*argv, tmp_path / "whole").code == 0
+    stopped_and_finished(
+        [*argv, out], (KILL, "sample", "", 40), (KILL, "torn", "resume.pt", 2),
+        (CTRL_C, "sample", "", 30), (KILL, "after", "resume.pt"), (KILL, "torn", "reference.json"),
+        (CTRL_C, "torn", "groups.jsonl"), (KILL, "torn", "ref_logps.pt"))
+    same(folder(out, "groups"), folder(tmp_path / "whole", "groups"))
+
+
+def test_stopped_in_dpo(chain, copied):
+    out = copied("sft", "groups")
+    stopped_and_finished(
+        [*TINY, "--data", chain.data, "--out", out], (KILL, "log"), (KILL, "torn", "resume.pt", 2),
+        (CTRL_C, "log", "", 3), (KILL, "after", "resume.pt", 2), (CTRL_C, "sample"),
+        (KILL, "sample", "", 9), (KILL, "torn", "result.json"), (KILL, "torn", "model.pt"))
+    same(folder(out, "dpo"), folder(chain.out, "dpo"))
+    argv = [*TINY, "--dpo-steps", 1, "--data", chain.data, "--out", out]
+    stopped(argv, KILL, "after", "model.pt")
+    assert command(*argv).code == 0, "finished, and its table cannot be printed"
+
+
+def train_py_itself(*argv, **options):
+    return subprocess.run(
+        [sys.executable, train.__file__, *map(str, argv)], text=True, capture_output=True,
+        timeout=300, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+
+
+DIES = """
+import os, signal
+calls = []
+
+def weight(margin, beta):
+    calls.append(0)
+    name, n = os.environ.get("DIES", "SIGKILL 0").split()
+    if len(calls) == int(n):
+        os.kill(os.getpid(), getattr(signal, name))
+    return (-margin).sigmoid()
+"""
+
+
+def test_the_real_command_killed_and_interrupted(chain, copied, tmp_path):
+    """Stopped in the middle of a step by the --weight that it runs."""
+    (tmp_path / "w.py").write_text(DIES)
+    argv = [*TINY, "--weight", f"{tmp_path / 'w.py'}:weight", "--data", chain.data, "--out"]
+    out = copied("sft", "groups")
+    shutil.copytree(out, tmp_path / "whole")
+    killed, interrupted = (train_py_itself(*argv, out, "--save-secs", 0, cwd=tmp_path,
+                                           env={**os.environ, "DIES": dies})
+                           for dies in ("SIGKILL 8", "SIGINT 5"))
+    assert killed.returncode == -KILL, killed.stderr
+    assert interrupted.returncode == 130 and interrupted.stderr.strip() == SENTENCE
+    assert "going on at step 2 of 6" in interrupted.stdout and "found in" in interrupted.stdout
+    assert command(*argv, out).code == command(*argv, tmp_path / "whole").code == 0
+    same(folder(out, "dpo"), folder(tmp_path / "whole", "dpo"))
+
+
+def test_a_stage_of_experiments_is_handed_over_from_any_folder(tmp_path):
+    """PPO's own refusal, which comes before any work; no file of the working folder is imported."""
+    for name in "gpt", "experiments", "json":
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was imported')")
+    result = train_py_itself("--stage", "ppo", "--precision", "fp16", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert re.fullmatch("error: .*fp16.*\n", result.stderr), result.stderr
+    assert {f.name for f in tmp_path.iterdir()} == {"gpt.py", "experiments.py", "json.py"}
+
+
+# ------------------------------------------------------------------------------ others' pairs
+
+
+def pairs_file(path, n=30, hh=False):
+    """Praise chosen over blame, in the toy corpus's own words."""
+    rows = []
+    for i in range(n):
+        prompt = f"\n\nHuman: {i}?\n\nAssistant:" if hh else f"the plot of film {i}"
+        good, bad = f" was {('superb', 'witty')[i % 2]}.", " was dull, I fear."
+        rows.append({"chosen": prompt + good, "rejected": prompt + bad} if hh else
+                    {"prompt": prompt, "chosen": good, "rejected": bad})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_other_peoples_preferences(chain, copied, tmp_path):
+    """π_ref is first fine-tuned on what was chosen; a tenth of the prompts is held out; "-" where
+    there is no r*; what does not fit the context is left out and counted."""
+    path, out = pairs_file(tmp_path / "my.jsonl"), copied("sft")
+    with open(path, "a") as file:
+        file.write(json.dumps({"prompt": "x", "chosen": "a " * 60, "rejected": "b"}) + "\n")
+    argv = [*TINY, "--sft-batch", 8, "--groups", path, "--data", chain.data, "--out"]
+    result = stopped_and_finished([*argv, out], (KILL, "log"), (KILL, "torn", "groups.jsonl"))
+    assert command(*argv, tmp_path / "whole").code == 0
+    for stage in "chosen", "groups", "dpo":
+        same(folder(out, stage), folder(tmp_path / "whole", stage))
+    for name in "π_ref", "π_θ, β 0.5", "optimum":
+        (line,) = [x for x in result.out.splitlines() if x.startswith(name)]
+        assert line[20:].split()[0] == "-", f"a reward where none is: {line}"
+    text = (folder(out, "dpo") / "samples.txt").read_text()
+    assert "r* - |" in text and text.count("prompt:") == 3, "30 prompts hold out 3"
+    info = read_json(folder(out, "groups") / "reference.json")
+    assert info["notes"] == {"longer than 48 tokens": 1} and info["optimum"] == []
+    assert info["point"]["reward"] is None
+    pairs_file(path, 29)
+    refused(command(*argv, out), path, "has changed since")
+
+
+def test_the_chosen_reference_likes_what_was_chosen(job, tmp_path):
+    """One pass over 36 prompts, 4 at a time, at a tenth of SFT's rate."""
+    start, path = job.policy("sft"), tmp_path / "out"
+    hf_gpt2.save(start, tmp_path / "hf")
+    groups = data_imdb.read_groups(pairs_file(tmp_path / "my.jsonl", 40), job.data.enc, 48)
+    made(job, path, "chosen", groups, init=str(tmp_path / "hf"), sft_lr=0.5, sft_warmup=0,
+         sft_batch=4)
+    rates = [row["lr"] for row in read_rows(path / "metrics.jsonl")]
+    assert len(rates) == 9 and rates[0] == pytest.approx(0.05)
+    before, after = (score(job, model, *groups.flat(range(40))).view(40, 2)  # the chosen first
+                     for model in (start, GPT.load(path / "model.pt")))
+    chosen, rejected = (after - before).mean(0)
+    assert chosen > rejected + 1, "in nats per completion"
+
+
+def test_hh_with_a_reference_of_ones_own(chain, job, tmp_path):
+    """A run and a Hugging Face folder of the same weights are the same π_ref; no SFT is made. Of
+    three prompts two are held out, so that there is an error bar and no NaN, which is no JSON."""
+    path, logps = pairs_file(tmp_path / "hh.jsonl", 3, hh=True), []
+    hf_gpt2.save(job.policy("sft"), tmp_path / "hf")
+    for reference, file in (folder(chain.out, "sft"), "model.pt"), (tmp_path / "hf",
+                                                                    "model.safetensors"):
+        out = tmp_path / file
+        result = command(*TINY, "--groups", path, "--reference", reference, "--data", chain.data,
+                         "--out", out, "--dpo-steps", 2)
+        assert result.code == 0, result.err
+        assert re.findall(r"^(\w+): making", result.out, re.M) == ["groups", "dpo"]
+        run = folder(out, "groups")
+        logps.append(load_tensors(run / "ref_logps.pt")["ref_logps"])
+        parents = read_json(run / "config.json")["parents"]
+        assert parents[str(reference)] == file_hash(reference / file)
+        assert read_rows(run / "groups.jsonl")[0]["prompt"] == "\n\nHuman: 0?\n\nAssistant:"
+        assert "NaN" not in (folder(out, "dpo") / "result.json").read_text()
+    assert torch.allclose(*logps, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ imdb
+
+
+IMDB = ("--preset imdb --device cpu --threads 1 --vocab 600 --n-layer 1 --n-head 2 --n-embd 16 "
+        "--n-ctx 64 --sft-steps 3 --sft-batch 8 --sft-warmup 1 --reward-steps 4 --reward-batch 4 "
+        "--reward-ctx 40 --max-new-tokens 24 --prompts 30 --eval-prompts 8 --valid-prompts 8 "
+        "--optimum-samples 4 --dpo-steps 3 --dpo-warmup 1 --dpo-batch 5").split()
+
+
+@pytest.fixture(scope="module")
+def imdb(tmp_path_factory):
+    """A small archive of the real one's layout, its reviews the toy's; the counts cut to match."""
+    base = tmp_path_factory.mktemp("imdb")
+    few = {key: (split, label, 40) for key, (split, label, _) in data_imdb.FOLDERS.items()}
+    texts = list(dict.fromkeys(toy_reviews.reviews(900, 5)))
+    pools = {1: [t for t in texts if toy_reviews.sentiment(t) > 0.5],
+             0: [t for t in texts if toy_reviews.sentiment(t) < 0.5]}
+    with tarfile.open(base / "aclImdb.tar.gz", "w:gz") as archive:
+        for key, (_, label, n) in few.items():
+            for i in range(n):
+                pool = pools[i % 2 if label is None else label]
+                member = tarfile.TarInfo(f"aclImdb/{key}/{i}_{9 if label else 2}.txt")
+                content = (pool.pop() + "<br />" + pool.pop()).encode()
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_imdb, "FOLDERS", few)
+        patch.setenv("IMDB_PATH", str(base / "aclImdb.tar.gz"))
+        seen, batches = [], train.label_batches
+        patch.setattr(train, "label_batches", lambda *a: seen.append(batches(*a)) or seen[-1])
+        result = command(*IMDB, "--out", base / "out", "--data", base / "data")
+        assert result.code == 0, result.err
+        yield SimpleNamespace(out=base / "out", data=base / "data", text=result.out, seen=seen)
+
+
+def test_imdb_runs_end_to_end(imdb):
+    assert re.findall(r"^(\w+): making", imdb.text, re.M) == ["sft", "reward", "groups", "dpo"]
+    rows = read_rows(folder(imdb.out, "groups") / "groups.jsonl")
+    assert all(0 <= r <= 1 for row in rows for r in row["rewards"])
+    result = read_json(folder(imdb.out, "dpo") / "result.json")
+    assert 0 <= result["reward"] <= 1 and result["grammatical"] is None, "grammar is the toy's"
+    parents = read_json(folder(imdb.out, "groups") / "config.json")["parents"]
+    assert parents.keys() == {"sft", "reward", "data"}
+    tokens = data_imdb.load("imdb", 600, imdb.data, 0, 0).tokens
+    assert f"sft: {len(tokens['train']) + len(tokens['unsup'])} reviews" in imdb.text
+
+
+def test_r_star_of_imdb_reports_how_well_it_judges(imdb):
+    result = command(*IMDB, "--stage", "reward", "--out", imdb.out, "--data", imdb.data)
+    assert result.code == 0 and "reward: found in" in result.out
+    report = read_json(folder(imdb.out, "reward") / "report.json")
+    assert report.keys() == {"valid_whole", "valid_crop", "test_whole", "test_crop"}
+    for name, row in report.items():
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["calibration_error"] <= 1
+        assert f"r* on {name.replace('_', ', ')}: accuracy {row['accuracy']:.3f}" in result.out
+    rows = read_rows(folder(imdb.out, "reward") / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "an indifferent start"
+    assert rows[0]["lr"] == pytest.approx(1e-4) and len(rows) == 4
+    assert len({str(batch[0]["idx"].tolist()) for batch in imdb.seen}) == 4, "the same reviews"
+
+
+def test_stopped_in_the_reward_stage(imdb, tmp_path):
+    shutil.copytree(folder(imdb.out, "sft"), tmp_path / "imdb" / folder(imdb.out, "sft").name)
+    stopped_and_finished(
+        [*IMDB, "--stage", "reward", "--data", imdb.data, "--out", tmp_path], (KILL, "log"),
+        (CTRL_C, "log", "", 2), (KILL, "torn", "report.json"), (KILL, "torn", "model.pt"))
+    same(folder(tmp_path, "reward"), folder(imdb.out, "reward"))

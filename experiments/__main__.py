@@ -1,0 +1,11 @@
+"""All stages: `python -m experiments --stage frontier`, which `python train.py` also runs."""
+
+import sys
+
+import experiments.lessons
+import experiments.sweep  # noqa: F401  each import adds its stages, ppo and baselines through sweep
+import train
+from support.runs import main_exit
+
+if __name__ == "__main__":
+    sys.exit(main_exit(train.main))

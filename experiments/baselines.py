@@ -1,0 +1,161 @@
+"""What DPO is compared with besides PPO: a learned reward r_φ (Eq. 2), and Best-of-N.
+
+Unlikelihood and Preferred-FT differ from DPO by their loss alone; train.py has them.
+
+P prompts, K samples per prompt, N pairs, or the N of Best-of-N.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+import dpo
+from evaluate import pairwise_accuracy, rank_correlation, write_samples
+from gpt import pad_rows
+from job import Job, seed_of
+from reward import ModelReward, RewardModel
+from support.runs import Run, load_tensors, read_json, save_json, save_tensors
+from support.settings import Settings
+from train import STAGES, Stage, fit, needs, parents_of_groups, sample_all
+
+# ------------------------------------------------------------------------------ r_φ
+
+
+def rm(job: Job, run: Run) -> None:
+    """Groups -> r_φ by Eq. 2: π_ref's body with a scalar head.
+
+    Of the evaluated checkpoints the most accurate on held-out pairs is kept. Its accuracy, in
+    report.json, is a maximum over checkpoints and therefore a little high. Then the mean over all
+    of the groups' completions is set to 0. (The paper's mean is 0 for every prompt, which needs
+    several samples of each; a shift by f(x) changes no preference and no optimum of Eq. 3.)
+    """
+    cfg, groups, (train, held), best = job.cfg, job.groups, job.split, run.path("best.pt")
+    reference = job.load_reference()
+    model = RewardModel.from_gpt(reference, reference.config.n_ctx).to(job.device)
+    steps = max(1, len(train) // cfg.rm_batch)  # per epoch
+
+    def evaluation(model) -> dict:
+        scores, r = score_groups(job, model, held), torch.from_numpy(groups.rewards[held])
+        yw, yl, _ = dpo.preference_pairs(r)
+        found = dict(accuracy=float(pairwise_accuracy(scores.flatten()[yw],
+                                                      scores.flatten()[yl]).mean()),
+                     rank_correlation=rank_correlation(scores, r))
+        if not best.exists() or found["accuracy"] > load_tensors(best)["accuracy"]:
+            save_tensors(best, found | dict(model=model.state_dict()))
+        return found
+
+    fit(job, run, model, pair_batches(job, steps), pair_loss, steps=cfg.rm_epochs * steps,
+        lr=cfg.rm_lr, warmup=steps // 5, evaluate_every=max(1, steps // 2), evaluation=evaluation,
+        unit="pairs")
+    found = load_tensors(best)
+    model.load_state_dict(found.pop("model"))
+    scores = score_groups(job, model, range(len(groups.prompt_ids)))
+    with torch.no_grad():
+        model.score.bias -= scores.mean().to(job.device)
+    save_json(run.path("report.json"), found | dict(sd=float(scores.std())))
+    run.finish(model.checkpoint())
+    best.unlink(missing_ok=True)
+
+
+def pair_batches(job: Job, steps: int):
+    """batches(step): rm_batch training groups per step; an epoch of `steps` has its own order."""
+    cfg, groups = job.cfg, job.groups
+
+    def batches(step: int):
+        rng = np.random.default_rng(seed_of(cfg, "rm", step // steps))
+        order = rng.permutation(job.split[0])
+        picks = order[step % steps * cfg.rm_batch :][: cfg.rm_batch]
+        idx, _, lengths = pad_rows(*groups.flat(picks))
+        yw_idxs, yl_idxs, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards[picks]))
+        micro_batch = dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)
+        return [micro_batch], len(yw_idxs)
+
+    return batches
+
+
+def pair_loss(model, micro_batch):
+    """Eq. 2, summed over pairs."""
+    yw_idxs, yl_idxs = micro_batch["yw_idxs"], micro_batch["yl_idxs"]
+    scores = model(micro_batch["idx"], micro_batch["lengths"])
+    losses = dpo.reward_model_loss(scores, yw_idxs, yl_idxs)
+    margin = dpo.margins(scores.detach(), yw_idxs, yl_idxs)
+    return losses.sum(), dict(accuracy=(margin > 0).float(), margin=margin)
+
+
+def score_groups(job: Job, model: RewardModel, picks) -> torch.Tensor:
+    """r_φ of these groups' completions: (G, K)."""
+    scores = ModelReward(model, job.data.eot, learned=True)(*job.groups.flat(picks))
+    return scores.view(-1, job.groups.K)
+
+
+def report_rm(job: Job) -> None:
+    report = read_json(job.folder("rm") / "report.json")
+    print(f"r_φ: {report['accuracy']:.1%} of held-out pairs in order, rank correlation within a "
+          f"prompt {report['rank_correlation']:.3f}; mean 0, sd {report['sd']:.2f} over π_ref's "
+          "samples")
+
+
+def learned_reward(job: Job) -> ModelReward:
+    """r_φ of the finished stage rm."""
+    model = RewardModel.load(job.folder("rm") / "model.pt").to(job.device)
+    return ModelReward(model, job.data.eot, learned=True)
+
+
+# ------------------------------------------------------------------------------ Best-of-N
+
+
+def best_of_n(job: Job, run: Run) -> None:
+    """K samples of π_ref per test prompt, scored by r* and by r_φ: (P, K) each.
+
+    samples.txt shows the best of 16 by r_φ."""
+    K = job.cfg.best_of
+    prompts = [p for p in job.reference_eval["prompts"] for _ in range(K)]
+    samples = sample_all(job, run, job.load_reference(), prompts, "best-of-n")
+    rewards = job.reward(prompts, samples).view(-1, K)
+    learned = learned_reward(job)(prompts, samples).view(-1, K)
+    best = learned[:, :16].argmax(1).tolist()
+    write_samples(job, run, dict(
+        completions=[samples[i * K + k] for i, k in enumerate(best)],
+        rewards=[float(r[k]) for r, k in zip(rewards, best)]))
+    run.finish(dict(rewards=rewards, learned=learned))
+
+
+def expected_best(scores, rewards, N: int):
+    """E[r of the best of N by `scores`], over all choices of N of a prompt's K samples.
+
+    scores, rewards (P, K) -> (P,). In order of score, sample k (from 0) is the best of N drawn
+    without replacement with probability C(k, N - 1) / C(K, N). So every sample is used, which
+    splitting them into groups of N would not do.
+    """
+    K = scores.size(1)
+    order = scores.argsort(dim=1, stable=True)
+    weights = torch.tensor([math.comb(k, N - 1) / math.comb(K, N) for k in range(K)])
+    return (rewards.gather(1, order).double() * weights).sum(1)
+
+
+def best_of_kl(N: int) -> float:
+    """log N - (N - 1) / N: KL of Best-of-N to π_ref in nats if no two samples tie, else a bound."""
+    return math.log(N) - (N - 1) / N
+
+
+def report_best_of_n(job: Job) -> None:
+    state = load_tensors(job.folder("best-of-n") / "samples.pt")
+    print("Best-of-N: KL at most, mean r* of the best by r*, and by r_φ")
+    for N in (n for n in (1, 4, 16, 64) if n <= job.cfg.best_of):
+        best, learned = (float(expected_best(state[key], state["rewards"], N).mean())
+                         for key in ("rewards", "learned"))
+        print(f"  N {N:<4} {best_of_kl(N):.2f} nats   {best:.3f}   {learned:.3f}")
+
+
+# ------------------------------------------------------------------------------ the stages
+
+
+def needs_true_reward(cfg: Settings, stage: str, *parents: str) -> list[str]:
+    return needs(bool(cfg.groups), f"--stage {stage} needs r*, and a preference file has none: "
+                 "leave --groups out", ["groups", *parents, *parents_of_groups(cfg)])
+
+
+STAGES["rm"] = Stage(rm, lambda cfg: ["groups", *parents_of_groups(cfg)], report=report_rm)
+STAGES["best-of-n"] = Stage(best_of_n, lambda cfg: needs_true_reward(cfg, "best-of-n", "rm"),
+                            "samples.pt", report_best_of_n)

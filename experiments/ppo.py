@@ -1,0 +1,320 @@
+"""PPO, the method that DPO replaces: Eq. 3 by policy gradient, with a value network and KL control.
+
+In each iteration the policy samples completions and a reward scores them. A value network predicts
+those scores; tokens that led to more than it predicted become likelier. The reward is a callable
+(prompts, completions) -> (N,) float32 on the CPU, either r* or a learned r_φ. β is in its units.
+
+A token is an action. r(x,y) - β log π(y|x)/π_ref(y|x) is split over the tokens of y: each pays its
+own part of the KL term, and the last receives the score. Log-probs and KL are in nats. Dropout must
+be 0, otherwise the probability ratio is not 1 before the first step.
+
+B sequences, T tokens, N rollouts.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo import completion_mask
+from evaluate import report
+from experiments.baselines import learned_reward, needs_true_reward
+from gpt import GPT, GPTConfig, length_buckets, pad_rows
+from job import Job, seed_of
+from support.runs import Run, read_json
+from support.settings import Settings
+from train import (STAGES, Stage, evaluate_policy, finish_method, needs, parents_of_groups,
+                   resumable, without_texts)
+
+
+class PPOConfig(NamedTuple):
+    steps: int  # iterations, warm-up included
+    lr: float  # the policy's; falls linearly to 0 over the second half
+    value_lr: float = 1e-3  # constant, because the value network's targets move with the policy
+    beta: float = 0.1  # Eq. 3's, in units of the reward per nat; with a target, only the start
+    target: float = 0.0  # KL in nats to which β is steered; 0: β stays as it is
+    warmup: int = 2  # iterations in which only the value network learns
+    epochs: int = 2  # passes over an iteration's samples
+    minibatches: int = 4  # optimizer steps per pass
+    clip: float = 0.2  # ε: a token's probability ratio gains nothing beyond 1 ± ε
+    gamma: float = 1.0  # Eq. 3 discounts nothing
+    lam: float = 0.95  # λ of GAE: 1 uses returns alone, 0 the value network alone
+    max_norm: float = 1.0  # of each network's gradient
+
+
+# ------------------------------------------------------------------------------ the equations
+
+
+def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor,
+                  beta: float) -> Tensor:
+    """Eq. 3 by tokens · r_t = -β (log π - log π_ref)(y_t | x, y_<t), plus r(x,y) at the last t.
+
+    scores (B,), log-probs (B, T), mask (B, T) true at the tokens of y -> (B, T), 0 elsewhere. A
+    row sums to r(x,y) - β log π(y|x)/π_ref(y|x), whose mean over y ~ π is Eq. 3.
+    """
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))
+    return torch.where(mask, -beta * (logps - ref_logps), 0) + last * scores[:, None]
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+        lam: float) -> tuple[Tensor, Tensor]:
+    """A_t = δ_t + γλ A_t+1,  δ_t = r_t + γ V_t+1 - V_t,  V = A = 0 after the last token.
+
+    All (B, T) -> advantages and returns A + V, float32, 0 outside the mask. λ = 1 gives the return
+    minus V_t, which has no bias; λ = 0 gives δ_t, which has the least variance and V's errors.
+    """
+    rewards, values = (torch.where(mask, x.float(), 0) for x in (rewards, values))
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    advantages, after = torch.zeros_like(deltas), 0
+    for t in range(deltas.size(1) - 1, -1, -1):
+        after = (deltas[:, t] + gamma * lam * after) * mask[:, t]
+        advantages[:, t] = after
+    return advantages, advantages + values
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """To mean 0 and variance 1 over the mask, 0 elsewhere: one learning rate fits any reward."""
+    mean, std = x[mask].mean(), x[mask].std(correction=0)
+    return torch.where(mask, (x - mean) / (std + 1e-8), 0)
+
+
+def clipped_objective(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
+                      clip: float) -> tuple[Tensor, Tensor]:
+    """L = -Σ_t min(ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t),  ρ = π(y_t)/π_old(y_t).
+
+    All (B, T) -> the SUM over the mask, and the number of clipped tokens: those that have moved
+    more than ε from π_old in the direction of A_t. They have no gradient; a token that moved the
+    wrong way keeps its own. At ρ = 1 the gradient is that of -Σ A log π.
+    """
+    ratio = torch.where(mask, logps - old_logps, 0).exp()
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -torch.where(mask, torch.minimum(free, clipped), 0).sum()
+    return loss, (mask & (clipped < free)).sum()
+
+
+GAIN, BRAKE, LIMIT = 0.3, 0.5, 0.5
+
+
+def adaptive_kl_beta(beta: float, kl: float, last_kl: float, target: float) -> float:
+    """log β += GAIN clip(KL/target - 1) + BRAKE clip((KL - last KL)/target), each clip to ±LIMIT.
+
+    β grows where KL is above its target or rising, by half per iteration at most. Ziegler et al.
+    2019 have the first term alone, with 0.1 and 0.2: 2 % per iteration, over thousands. We have
+    tens, and KL follows β about five iterations later, so a gain that is large enough makes KL
+    swing unless the second term brakes.
+    """
+    def clip(x):
+        return max(-LIMIT, min(LIMIT, x))
+
+    return beta * math.exp(GAIN * clip(kl / target - 1) + BRAKE * clip((kl - last_kl) / target))
+
+
+class ValueModel(nn.Module):
+    """V(x, y_<t): a GPT's body with a scalar head at every position."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.body = GPT(GPTConfig(**vars(gpt.config) | {"dropout": 0.0}))
+        self.body.load_state_dict(gpt.state_dict())
+        self.score = nn.Linear(gpt.config.n_embd, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, idx):
+        """idx (B, T) -> (B, T) float32: [b, t] is the value before token t is drawn, computed from
+        the hidden state at t - 1. Column 0 is 0."""
+        hidden = self.body.hidden(idx[:, :-1])
+        with torch.autocast(idx.device.type, enabled=False):  # a bf16 value has 3 digits
+            return F.pad(self.score(hidden.float())[..., 0], (1, 0))
+
+
+# ------------------------------------------------------------------------------ the algorithm
+
+
+LOGGED = "policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "value_grad_norm"
+
+
+class PPO:
+    """Trains `policy` in place and never changes `reference`. Both are on one device.
+
+    reward(prompts, completions) -> (N,) float32; sample(model, prompts, seed) -> completions;
+    autocast() is the context of the forward passes, of which each takes `batch_size` sequences at
+    most. last: (prompts, completions) of the last step, for another reward to score.
+    """
+
+    def __init__(self, policy: GPT, reference: GPT, reward: Callable, sample: Callable, eos: int,
+                 config: PPOConfig, autocast: Callable = nullcontext, batch_size: int = 512):
+        assert policy is not reference, "π_ref must not change: give the policy a copy"
+        self.device = policy.wte.weight.device
+        self.policy, self.reference = policy.eval(), reference.eval()
+        self.value = ValueModel(reference).to(self.device).eval()
+        self.reward, self.sample, self.eos, self.config = reward, sample, eos, config
+        self.autocast, self.batch_size = autocast, batch_size
+        self.optimizer = torch.optim.Adam(
+            [dict(params=m.parameters()) for m in (self.policy, self.value)], betas=(0.9, 0.95),
+            fused=True)
+        self.beta, self.kl, self.last = config.beta, 0.0, ([], [])  # kl: the last step's
+
+    def state_dict(self) -> dict:
+        return dict(policy=self.policy.state_dict(), value=self.value.state_dict(),
+                    optimizer=self.optimizer.state_dict(), beta=self.beta, kl=self.kl)
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("policy", "value", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.beta, self.kl = state["beta"], state["kl"]
+
+    def step(self, step: int, prompts: list[list[int]], seed: int) -> dict[str, float]:
+        """Iteration `step` of config.steps: sample, score, optimize, set the next β. What to log.
+
+        All randomness is a function of `seed`: give each iteration another one. kl: the mean of
+        log π(y|x)/π_ref(y|x); reward: the mean score; entropy: the mean of -log π per token.
+        These, length, eos and explained_variance describe the samples before any network learns
+        from them; beta and lr (the policy's rate) are this iteration's. The rest are means over the
+        optimizer steps (of the value network alone during warm-up), among them approx_kl,
+        KL(π_old ‖ π) per token. A loss that is not finite makes its value here not finite, and the
+        networks are then lost.
+        """
+        c, generator = self.config, torch.Generator().manual_seed(seed)
+        completions = self.sample(self.policy, prompts,
+                                  int(torch.randint(2**62, (), generator=generator)))
+        scores = self.reward(prompts, completions)
+        idx, mask, lengths, (logps, ref_logps, values) = self.score_rollouts(prompts, completions)
+        rewards = token_rewards(scores.to(logps), logps, ref_logps, mask, self.beta)
+        advantages, returns = gae(rewards, values, mask, c.gamma, c.lam)
+        tokens, targets = int(mask.sum()), returns[mask]
+        row = dict(
+            kl=float((logps - ref_logps).sum(1).mean()), reward=float(scores.mean()),
+            beta=self.beta, entropy=float(-logps.sum() / tokens), length=tokens / len(prompts),
+            eos=sum(ids[-1] == self.eos for ids in completions) / len(prompts),
+            explained_variance=float(1 - (targets - values[mask]).var(correction=0)
+                                     / targets.var(correction=0).clamp(min=1e-8)))
+        rollouts = idx, mask, logps, whiten(advantages, mask), returns
+        row |= self.optimize(step, rollouts, lengths, generator)
+        self.last = prompts, completions
+        if c.target and step >= c.warmup:
+            self.beta = adaptive_kl_beta(self.beta, row["kl"], self.kl, c.target)
+        self.kl = row["kl"]
+        return row
+
+    @torch.no_grad()
+    def score_rollouts(self, prompts, completions):
+        """Pads N rollouts and scores their tokens: idx (N, T), mask (N, T), lengths (N,), and
+        log π, log π_ref, V: (3, N, T), 0 outside the mask."""
+        idx, prompt_lens, lengths = pad_rows(prompts, completions)
+        mask = completion_mask(prompt_lens, lengths, idx.size(1))
+        idx, mask = idx.to(self.device), mask.to(self.device)
+        scores = torch.zeros(3, *idx.shape, device=self.device)
+        for rows in length_buckets(lengths, self.batch_size):
+            i, m = truncate((idx, mask), rows, lengths)
+            with self.autocast():  # log π as in training: a ratio must start at 1
+                parts = (self.policy.token_logps(i, m), self.reference.token_logps(i, m),
+                         self.value(i) * m)
+            scores[:, rows, : i.size(1)] = torch.stack(parts)
+        return idx, mask, lengths, scores
+
+    def optimize(self, step: int, rollouts, lengths: Tensor, generator) -> dict[str, float]:
+        """epochs * minibatches optimizer steps on an iteration's samples; the means of their logs.
+
+        rollouts: idx, mask, log π_old, advantages and returns, (N, T) each; lengths (N,).
+        """
+        c, logs, n = self.config, [], min(self.config.minibatches, len(lengths))
+        decay = min(1, 2 * (c.steps - step) / max(1, c.steps - c.warmup))
+        for group, lr in zip(self.optimizer.param_groups, (c.lr * decay, c.value_lr)):
+            group["lr"] = lr
+        for _ in range(c.epochs):
+            for part in torch.randperm(len(lengths), generator=generator).tensor_split(n):
+                logs.append(self.update(rollouts, lengths, part, step < c.warmup))
+        return dict(zip(LOGGED, torch.stack(logs).mean(0).tolist()), lr=c.lr * decay)
+
+    def update(self, rollouts, lengths: Tensor, part: Tensor, warmup: bool) -> Tensor:
+        """One optimizer step on the samples `part`: the values of LOGGED."""
+        self.optimizer.zero_grad(set_to_none=True)
+        n = rollouts[1][part].sum()  # tokens
+        sums = torch.zeros(4, device=self.device)
+        # training keeps activations, which take far more memory than sampling
+        for rows in length_buckets(lengths[part], max(1, self.batch_size // 8)):
+            idx, mask, old_logps, advantages, returns = truncate(rollouts, part[rows], lengths)
+            with self.autocast():
+                values = self.value(idx)
+                logps = old_logps if warmup else self.policy.token_logps(idx, mask)
+            value_loss = 0.5 * (values - returns)[mask].square().sum()
+            loss, clipped = clipped_objective(logps, old_logps, advantages, mask, self.config.clip)
+            ((loss + value_loss) / n).backward()
+            log_ratio = (logps - old_logps).detach()[mask]
+            sums += torch.stack([loss.detach(), value_loss.detach(), clipped,
+                                 (log_ratio.exp() - 1 - log_ratio).sum()])
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.config.max_norm).to(self.device)
+                 for m in (self.policy, self.value)]
+        self.optimizer.step()
+        return torch.cat([sums / n, torch.stack(norms)])
+
+
+def truncate(tensors, rows: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Those rows of (N, T) tensors, without the padding that only longer ones need."""
+    T = int(lengths[rows].max())
+    return [x[rows, :T] for x in tensors]
+
+
+# ------------------------------------------------------------------------------ the stages
+
+
+def ppo(job: Job, run: Run) -> None:
+    """r_φ -> π_θ by Eq. 3."""
+    sd = read_json(job.folder("rm") / "report.json")["sd"]
+    train_ppo(job, run, learned_reward(job), sd)
+
+
+def ppo_gt(job: Job, run: Run) -> None:
+    """r* -> π_θ by Eq. 3: PPO with the ground-truth reward."""
+    train_ppo(job, run, job.reward, float(job.groups.rewards.std()))
+
+
+def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
+    """PPO on the training prompts of the groups.
+
+    sd: the reward's standard deviation over π_ref's samples. β is in units of it, so that one value
+    fits rewards of any scale.
+    """
+    cfg, stage = job.cfg, run.about["stage"]
+    policy, reference = job.load_reference(), job.load_reference()
+    prompts, point = [job.groups.prompt_ids[i] for i in job.split[0]], {}
+    config = PPOConfig(steps=cfg.ppo_steps, lr=cfg.ppo_lr, value_lr=cfg.ppo_value_lr,
+                       beta=cfg.ppo_beta * sd, target=cfg.ppo_target)
+    method = PPO(policy, reference, reward, job.sample, job.data.eot, config, job.autocast,
+                 job.batch_size())
+
+    def step(i: int) -> dict:
+        seed = seed_of(cfg, f"{stage} {cfg.run_seed}", i)
+        picks = np.random.default_rng(seed).choice(len(prompts), cfg.ppo_rollouts)
+        row = method.step(i, [prompts[k] for k in picks], seed)
+        if stage == "ppo" and not cfg.groups:  # r*, which over-optimisation of r_φ lowers
+            row["true_reward"] = float(job.reward(*method.last).mean())
+        return row
+
+    def evaluation() -> dict:
+        point.update(evaluate_policy(job, policy, reference, reward))
+        return without_texts(point)
+
+    resumable(job, run, dict(ppo=method), cfg.ppo_steps, step, evaluation, cfg.eval_every)
+    if not point:  # the last evaluation was logged before the process was killed
+        evaluation()
+    finish_method(job, run, policy, point)
+
+
+def no_fp16(cfg: Settings, parents: list[str]) -> list[str]:
+    return needs(cfg.precision == "fp16", "PPO does not train in fp16: give --precision bf16 or "
+                 "fp32", parents)
+
+
+STAGES["ppo"] = Stage(ppo, lambda cfg: no_fp16(cfg, ["groups", "rm", *parents_of_groups(cfg)]),
+                      report=functools.partial(report, stage="ppo"))
+STAGES["ppo-gt"] = Stage(ppo_gt, lambda cfg: no_fp16(cfg, needs_true_reward(cfg, "ppo-gt")),
+                         report=functools.partial(report, stage="ppo-gt"))

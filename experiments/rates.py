@@ -1,0 +1,64 @@
+"""How a method's learning rate is chosen: four are tried at one setting, and the one that makes the
+largest share of the optimal gain on validation prompts is kept. Test prompts play no part in it.
+
+Knows nothing of runs and files: sweep.py makes the runs and hands over their points.
+"""
+
+import math
+
+import numpy as np
+
+
+def candidates(cfg, methods: dict) -> list[tuple[str, str, float]]:
+    """(method, setting, rate): four rates per method, at its central setting."""
+    return [(name, m.central, float(f"{getattr(cfg, m.rate) * x:.3g}"))
+            for name, m in methods.items() for x in m.multiples]
+
+
+def share(points: list[dict], reference_eval: dict, top: float) -> float:
+    """The share of the optimum's gain in reward at a run's KL that the run makes itself.
+
+    The mean over the second half of its points, where the rate has decayed, as far as their KL is
+    at most `top`. If none is, minus the last KL: then the nearest run is chosen. The optimum's
+    curve depends on no policy: the groups stage computes it from π_ref's samples.
+    """
+    kl, best = zip(*sorted((p["kl"], p["reward"]) for p in reference_eval["optimum"]))
+    shares = [(p["valid_reward"] - reference_eval["valid_reward"])
+              / max(0.02, np.interp(p["valid_kl"], kl, best) - best[0])  # near 0 all is noise
+              for p in points[len(points) // 2 :] if p["valid_kl"] <= top]
+    return float(np.mean(shares)) if shares else -points[-1]["valid_kl"]
+
+
+def rate_table(shares: dict[tuple[str, str, float], float | None]) -> list[dict]:
+    """Every candidate with its share (None: it diverged), and whether it was chosen."""
+    best = {}
+    for (method, _, rate), value in shares.items():
+        if value is not None and value > best.get(method, (-math.inf, 0))[0]:
+            best[method] = value, rate
+    return [dict(method=method, setting=setting, rate=rate, share=value,
+                 chosen=best.get(method) == (value, rate))
+            for (method, setting, rate), value in shares.items()]
+
+
+def chosen_rates(table: list[dict]) -> dict[str, float]:
+    """method -> the rate that was chosen; a method whose candidates all diverged is left out."""
+    return {row["method"]: row["rate"] for row in table if row["chosen"]}
+
+
+def rate_at(rate: float, beta: float, central_beta: float) -> float:
+    """The rate at a β above the central one, at which `rate` was chosen (toy only).
+
+    log π/π_ref has 1/β as far to go, but the length of RMSprop's steps depends on the rate alone:
+    at one rate for all, the toy's large βs ended too far out. √ lies between one rate and 1/β.
+    """
+    return float(f"{rate * math.sqrt(min(1, central_beta / beta)):.3g}")
+
+
+def report_rates(table: list[dict]) -> None:
+    for row in (row for row in table if row["chosen"]):
+        tried = [other["rate"] for other in table if other["method"] == row["method"]]
+        edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
+        gain = f"{row['share']:.3f} of the optimal gain on validation prompts" \
+            if row["share"] >= 0 else "none gains at a compared KL"
+        print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
+              f"{', '.join(f'{rate:g}' for rate in tried)}: {gain}{edge}")

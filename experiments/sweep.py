@@ -1,0 +1,370 @@
+"""The sweep: every method of Figure 2 from one reference model, its points in frontier.jsonl.
+
+    python train.py --stage frontier
+
+A method's learning rate is chosen at one setting (rates.py); then each of its settings runs at that
+rate and is evaluated at regular steps on test prompts, the same for all methods. A run is a stage
+of the table STAGES with settings of its own; run_parallel makes many at once.
+
+P prompts, K samples per prompt.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluate import jackknife_optimum, pairwise_accuracy, standard_error
+from experiments import figures
+from experiments.baselines import best_of_kl, expected_best, learned_reward, needs_true_reward
+from experiments.ppo import no_fp16
+from experiments.rates import candidates, chosen_rates, rate_at, rate_table, report_rates, share
+from job import Job, seed_of
+from plot_frontier import KEYS, kl_range
+from support.runs import Run, UserError, load_tensors, read_json, read_rows, save_json
+from support.settings import Settings
+from train import STAGES, Diverged, Stage, build, needs
+
+DIAL = (5, 10, 20, 50)  # s/β, on which alone the optimum of sampled and soft labels depends
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
+
+
+# ------------------------------------------------------------------------------ the plan
+
+
+class Method(NamedTuple):
+    stage: str
+    rate: str  # the setting that is its learning rate ...
+    multiples: tuple  # ... and the multiples of it that are tried
+    settings: dict[str, dict]  # name -> what it changes
+    central: str  # the one at which the rate is chosen
+    seeds: int  # run seeds
+
+
+def methods_of(cfg: Settings) -> dict[str, Method]:
+    toy = cfg.corpus == "toy"
+    targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
+    paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
+    betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's, one between, and the toy's KLs
+             for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 4.0) * toy)}
+    alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
+    kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
+    usual, seeds = (0.25, 0.5, 1.0, 2.0), cfg.seeds
+    found = {  # the longest first, so that no core works long after the others
+        "ppo": Method("ppo", "ppo_lr", usual, kls, f"target={targets[2]:g}", seeds),
+        "ppo-gt": Method("ppo-gt", "ppo_lr", usual, kls, f"target={targets[2]:g}", seeds),
+        # on the toy not at β 1: there a good rate leaves the compared KLs, and one too small wins
+        "dpo": Method("dpo", "dpo_lr", usual, betas, "beta=2" if toy else "beta=0.1", seeds),
+        "unlikelihood": Method("unlikelihood", "dpo_lr", usual, alphas, "alpha=0.5", seeds),
+        "preferred-ft": Method("preferred-ft", "dpo_lr", (0.5, 1.0, 2.0, 4.0),
+                               {"": dict(loss="preferred-ft")}, "", max(3, seeds))}
+    if cfg.rankings:
+        rankings = {name: v | dict(loss="plackett-luce") for name, v in betas.items()}
+        found["plackett-luce"] = found["dpo"]._replace(settings=rankings, seeds=1)
+    for labels in ("sampled", "soft") if cfg.label_dial else ():
+        dial = {f"s/beta={x}": dict(paper, labels=labels, beta=cfg.label_scale / x) for x in DIAL}
+        found[f"dpo-{labels}"] = found["dpo"]._replace(settings=dial, central="s/beta=10", seeds=1)
+    return found
+
+
+class Planned(NamedTuple):
+    """One run of the sweep."""
+
+    method: str
+    setting: str
+    stage: str
+    cfg: Settings
+    rate: float
+
+    def __str__(self) -> str:
+        name = f"{self.method} {self.setting}".strip()
+        return f"{name}, rate {self.rate:g}, seed {self.cfg.run_seed}"
+
+
+def planned(cfg: Settings, method: str, setting: str, rate: float, seed: int = 0) -> Planned:
+    m = methods_of(cfg)[method]
+    beta, central = (m.settings[name].get("beta", 1.0) for name in (setting, m.central))
+    if beta > central and cfg.corpus == "toy":
+        rate = rate_at(rate, beta, central)
+    steps = cfg.ppo_steps if m.rate == "ppo_lr" else cfg.sweep_steps
+    changes = dict(m.settings[setting], run_seed=seed, eval_every=-(-steps // cfg.evals_per_run))
+    if m.rate == "dpo_lr":
+        changes |= dict(dpo_steps=steps, dpo_warmup=steps // 6)
+    return Planned(method, setting, m.stage, replace(cfg, **{m.rate: rate}, **changes), rate)
+
+
+def tried(cfg: Settings) -> dict[tuple, Planned]:
+    """The runs among which the rates are chosen, by candidate."""
+    return {c: planned(cfg, *c) for c in candidates(cfg, methods_of(cfg))}
+
+
+def finals(cfg: Settings, rates: dict[str, float]) -> list[Planned]:
+    """Every setting and seed of every method at its chosen rate."""
+    return [planned(cfg, name, setting, rates[name], seed)
+            for name, m in methods_of(cfg).items() if name in rates
+            for setting in m.settings for seed in range(m.seeds)]
+
+
+def finished(job: Job, stage: str, cfg: Settings) -> bool:
+    return (job.beside(cfg).folder(stage) / STAGES[stage].final).exists()
+
+
+def compared(job: Job) -> int:
+    """How many of π_ref's completions the training preferences compare."""
+    return len(job.split[0]) * job.groups.K
+
+
+def evaluations(job: Job, p: Planned) -> list[dict]:
+    """The points of a finished run, each with its step and what the run cost until then.
+
+    samples: completions drawn, those of the preferences that it learns from included. seconds:
+    those of its own steps.
+    """
+    folder, ppo = job.beside(p.cfg).folder(p.stage), p.stage in ("ppo", "ppo-gt")
+    drawn = 0 if p.stage == "ppo-gt" else compared(job)
+    found, seconds = [], 0.0
+    for row in read_rows(folder / "metrics.jsonl"):
+        if "eval" in row:
+            step = row["step"] + 1
+            samples = drawn + step * p.cfg.ppo_rollouts * ppo
+            found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=samples))
+        else:
+            seconds += row["seconds"]
+    if not found or found[-1]["step"] != (p.cfg.ppo_steps if ppo else p.cfg.dpo_steps):
+        raise UserError(f"{folder}/metrics.jsonl has lost its last rows: delete {folder}, and the "
+                        "same command makes it again")
+    return found
+
+
+def rates(job: Job) -> list[dict]:
+    """The table of learning rates tried."""
+    top = kl_range(job.preset)[1]
+    return rate_table({c: share(evaluations(job, p), job.reference_eval, top)
+                       if finished(job, p.stage, p.cfg) else None
+                       for c, p in tried(job.cfg).items()})
+
+
+# ------------------------------------------------------------------------------ many runs at once
+
+
+def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) -> dict[str, str]:
+    """Make runs whose parents are there, `jobs` at once: folder name -> hash of its last file.
+
+    wanted: (stage, settings). done(stage, settings, error) is called as each ends; error is None or
+    Diverged. Any other exception kills the workers and is raised; a run that was killed goes on
+    from its last checkpoint when the same command is given again.
+    """
+    hashes = {}
+
+    def finish(stage, cfg, error=None):
+        try:
+            if not error:  # after a worker this finds the run and checks its identity
+                run = job.beside(cfg)
+                hashes[run.folder(stage).name] = build_quietly(run, stage)
+        except Diverged as diverged:
+            error = diverged
+        done(stage, cfg, error)
+
+    missing = [w for w in wanted if not finished(job, *w)] if jobs > 1 else []
+    for stage, cfg in wanted:
+        if (stage, cfg) not in missing:
+            finish(stage, cfg)
+    if not missing:
+        return hashes
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(missing)), spawn, end_with_parent) as pool:
+        try:
+            # workers inherit this: Ctrl-C is for the parent, which kills them
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            futures = {pool.submit(in_worker, job.preset, cfg, job.command, stage): (stage, cfg)
+                       for stage, cfg in missing}
+            signal.signal(signal.SIGINT, handler)
+            for future in as_completed(futures):
+                error = future.exception()
+                if error and not isinstance(error, Diverged):
+                    raise error
+                finish(*futures[future], error)
+        except BaseException as error:
+            for child in multiprocessing.active_children():
+                child.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError("a run was killed from outside, perhaps because memory ran out: "
+                                "give a lower --jobs; the same command goes on") from None
+            raise
+    return hashes
+
+
+def in_worker(preset: str, cfg: Settings, command: list[str], stage: str) -> None:
+    torch.set_num_threads(cfg.threads)
+    build_quietly(Job(preset, cfg, command), stage)
+
+
+def build_quietly(job: Job, stage: str) -> str:
+    """build, without its prints: the sweep shows the progress of all runs."""
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        return build(job, stage)
+
+
+def end_with_parent() -> None:
+    """A worker ends when its parent is killed."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def make_runs(job: Job) -> dict[str, str]:
+    """All runs of the sweep: their hashes. The rates' candidates first, then the rest.
+
+    A run that diverges is left out and named; any other error ends the sweep.
+    """
+    cores = len(os.sched_getaffinity(0))
+    # a small model leaves a GPU idle between its kernels; a large one needs all of its memory
+    small = sum(p.numel() for p in job.load_reference().parameters()) < 1e8
+    jobs = job.cfg.jobs or (min(cores, 8) if job.device.type == "cpu" else 4 if small else 1)
+    cfg = replace(job.cfg, threads=max(1, cores // jobs)) if jobs > 1 else job.cfg
+    first = list(tried(cfg).values())
+    total = 2 + len(first) + len(finals(cfg, {p.method: p.rate for p in first})) \
+        - len(methods_of(cfg))  # one candidate per method is also a final run
+    plans, diverged, hashes, count = {}, [], {}, itertools.count(1)
+    with tqdm(total=total, desc="frontier", unit="run", disable=not sys.stderr.isatty()) as bar:
+
+        def done(stage, cfg, error):
+            p = plans.get((stage, cfg))  # None: r_φ or Best-of-N, which the frontier needs
+            what = str(p or stage)
+            if error and not p:
+                raise error
+            if error:
+                diverged.append(what)
+                what += f": {error}"
+            elif p:
+                last = evaluations(job, p)[-1]
+                what += f": reward {last['reward']:.3f} at KL {last['kl']:.2f}"
+            bar.update()
+            bar.write(f"  {next(count)} of {total} runs; {what}")
+
+        def make(*others, runs):
+            plans.update({(p.stage, p.cfg): p for p in runs})
+            wanted = [*((stage, cfg) for stage in others), *((p.stage, p.cfg) for p in runs)]
+            hashes.update(run_parallel(job, wanted, jobs, done))
+
+        make("rm", runs=[p for p in first if p.stage != "ppo"])
+        make("best-of-n", runs=[p for p in first if p.stage == "ppo"])  # these need r_φ
+        make(runs=[p for p in finals(cfg, chosen_rates(rates(job))) if p not in first])
+    if diverged:
+        print(f"  {len(diverged)} runs diverged and are left out: {'; '.join(diverged)}")
+    return hashes
+
+
+# ------------------------------------------------------------------------------ frontier.jsonl
+
+
+def frontier(job: Job, run: Run) -> None:
+    """All points of the sweep in frontier.jsonl; rates.json says how the rates were chosen."""
+    cfg, reference, reference_eval = job.cfg, job.load_reference(), job.reference_eval
+    state = load_tensors(job.folder("best-of-n") / "samples.pt")
+    config, size = reference.config, sum(p.numel() for p in reference.parameters()) / 1e6
+    base = np.array(reference_eval["point"]["rewards"])
+
+    def line(method, setting, point, seed=0, **more) -> dict:
+        row = dict(seed=seed, step=0, temperature=1.0, seconds=0.0) | point | more
+        row |= dict(preset=job.preset, method=method, setting=setting,
+                    model=f"{size:.2g}M parameters, {config.n_layer} layers of {config.n_embd}")
+        row.setdefault("win", float(np.mean(pairwise_accuracy(np.array(row["rewards"]), base))))
+        return {key: row.get(key) for key in KEYS}
+
+    lines = [line("sft", "", reference_eval["point"], samples=0,
+                  reward_learned=float(state["learned"].mean()))]
+    table = rates(job)
+    plans = [p for p in finals(cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
+    for p in plans:
+        for point in evaluations(job, p):
+            if p.stage == "dpo":  # its reward model is itself
+                point["reward_learned"] = p.cfg.beta * point["kl_mc"]
+            lines.append(line(p.method, p.setting, point, p.cfg.run_seed))
+    lines += sampled_lines(job, state, base, line)
+    if cfg.temperatures:
+        lines += temperature_lines(job, plans, reference, line)
+    save_json(run.path("rates.json"), table)
+    run.finish(lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in lines))
+
+
+def sampled_lines(job: Job, state: dict, base, line) -> list[dict]:
+    """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), untrained."""
+    r, learned = state["rewards"], state["learned"]
+    win = torch.from_numpy(pairwise_accuracy(r.numpy().round(4), base[:, None].astype(np.float32)))
+    P, lines = len(r), []
+    for method, scores, drawn in (("best-of-n", r, 0),
+                                  ("best-of-n-learned", learned, compared(job))):
+        for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= job.cfg.best_of):
+            best, kl = expected_best(scores, r, N), best_of_kl(N)
+            lines.append(line(method, f"N={N}", dict(
+                reward=float(best.mean()), reward_se=standard_error(best), kl=kl, kl_se=0.0,
+                rewards=[round(x, 4) for x in best.tolist()], kls=[round(kl, 4)] * P,
+                win=float(expected_best(scores, win, N).mean()),
+                reward_learned=float(expected_best(scores, learned, N).mean()),
+                seconds=None, samples=drawn + P * N)))
+    sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
+    for x, point in zip(sharpness, jackknife_optimum(r, [1 / x for x in sharpness])):
+        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), seconds=None,
+                          win=None))
+    return lines
+
+
+def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
+    """Points at temperatures below 1: of one policy per method, the best on validation prompts
+    inside the compared range of KL; of π_ref; and of Best-of-N by r_φ on samples so drawn."""
+    policies, prompts = [("sft", "", {}, reference)], job.reference_eval["prompts"]
+    top = kl_range(job.preset)[1]
+    for method in ("dpo", "ppo", "preferred-ft"):
+        last = [(evaluations(job, p)[-1], p) for p in plans if p.method == method]
+        near = [x for x in last if x[0]["valid_kl"] <= top] or last
+        if near:
+            point, p = max(near, key=lambda x: x[0]["valid_reward"])
+            policies.append((method, p.setting, dict(seed=p.cfg.run_seed, step=point["step"]),
+                             job.beside(p.cfg).policy(p.stage)))
+    lines, learned, N = [], learned_reward(job), min(16, job.cfg.best_of)
+    repeated = [p for p in prompts for _ in range(N)]
+    for t in TEMPERATURES:
+        lines += [line(method, setting, job.evaluate(policy, reference, prompts, temperature=t),
+                       **more) for method, setting, more, policy in policies]
+        samples = job.sample(reference, repeated, seed_of(
+            job.cfg, "best-of-n", f"temperature {t}"), temperature=t)
+        best = learned(repeated, samples).view(-1, N).argmax(1).tolist()
+        rewards = job.reward(prompts, [samples[i * N + k] for i, k in enumerate(best)])
+        kl = best_of_kl(N)  # to π_ref at this temperature
+        lines.append(line("best-of-n-learned", f"N={N}", dict(
+            temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts),
+            reward=float(rewards.mean()), reward_se=standard_error(rewards),
+            rewards=[round(x, 4) for x in rewards.tolist()], seconds=None,
+            samples=compared(job) + len(samples))))
+    return lines
+
+
+def report_frontier(job: Job) -> None:
+    folder = job.folder("frontier")
+    report_rates(read_json(folder / "rates.json"))
+    for picture in figures.draw_all(folder / "frontier.jsonl"):
+        print(f"picture: {picture}")
+
+
+def frontier_parents(cfg: Settings) -> list[str]:
+    parents = no_fp16(cfg, needs_true_reward(cfg, "frontier"))
+    return needs(bool(cfg.dpo_module), "--dpo-module would replace dpo.py's functions for every "
+                 "method of the frontier: give it to --stage dpo", parents)
+
+
+STAGES["frontier"] = Stage(frontier, frontier_parents, "frontier.jsonl", report_frontier, make_runs)

@@ -1,0 +1,203 @@
+"""What one command stands on: its settings and device, the folders of its runs, and what they hold.
+
+A stage gets a Job and reads from it the corpus, the models, the groups and the sampler. Knows no
+loss and no loop.
+
+P prompts, K completions per prompt.
+"""
+
+import functools
+import hashlib
+import math
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data_imdb
+from evaluate import evaluate
+from gpt import GPT
+from reward import ModelReward, RewardModel, SiebertReward, ToyReward
+from support.runs import Run, UserError, load_tensors, read_json, write_whole
+from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_name
+
+
+def seed_of(cfg: Settings, name: str, step=0) -> int:
+    """Every random draw is a function of these three, so no generator's state needs saving."""
+    return int(hashlib.sha256(f"{cfg.seed}/{name}/{step}".encode()).hexdigest()[:12], 16)
+
+
+@functools.cache
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of the best of many large matrix products: the 100 % of the logged mfu."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    # a CPU may emulate fp16 a hundred times slower
+    n = 8192 if device.type == "cuda" else 1024 if dtype != torch.float16 else 128
+    a, best, started = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter()
+    while best == math.inf or time.perf_counter() - started < 0.3:
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for it
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+class Job:
+    """The settings of one command, its device, and what several stages load."""
+
+    def __init__(self, preset: str, cfg: Settings, command: list[str]):
+        if cfg.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda was asked for, and torch finds no CUDA device: leave "
+                            "the flag out, or install a CUDA build of torch")
+        name = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
+        half = "bf16" if name == "cuda" and torch.cuda.is_bf16_supported(False) else "fp16"
+        self.auto = half if name == "cuda" else "fp32"
+        self.cfg = replace(cfg, precision=self.auto) if cfg.precision == "auto" else cfg
+        self.preset, self.command, self.device = preset, command, torch.device(name)
+        self.root, self.hashes = Path(cfg.out) / preset, {}
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices meet a GPU
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
+
+    def beside(self, cfg: Settings) -> "Job":
+        """Other settings on the same data and the same finished parents."""
+        other = Job(self.preset, cfg, self.command)
+        other.hashes, other.data = self.hashes, self.data
+        return other
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def folder(self, stage: str) -> Path:
+        base = PRESETS[self.preset]
+        base = replace(base, precision=self.auto) if base.precision == "auto" else base
+        base = replace(base, loss=stage) if stage in OTHER_LOSSES else base
+        return self.root / (stage + run_name(self.cfg, base, SETTINGS_OF[stage]))
+
+    def about(self, stage: str) -> dict:
+        """What a run records of its command and its machine, without being bound to it."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else \
+            f"{platform.processor() or platform.machine()} CPU"
+        return dict(stage=stage, command=self.command, preset=self.preset, device=device,
+                    threads=torch.get_num_threads(), torch=torch.__version__,
+                    python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    # -------------------------------------------------------------------------- what runs hold
+
+    @functools.cached_property
+    def data(self) -> data_imdb.Data:
+        cfg = self.cfg
+        return data_imdb.load(cfg.corpus, cfg.vocab, Path(cfg.data), cfg.reviews, cfg.seed)
+
+    def policy(self, stage: str, dropout: float = 0.0) -> GPT:
+        path = self.folder(stage) / "model.pt"
+        return self.check_compatible(GPT.load(path, dropout), path)
+
+    def pretrained(self, name: str, dropout: float = 0.0) -> GPT:
+        return self.check_compatible(GPT.from_pretrained(name, dropout, Path(self.cfg.data)), name)
+
+    def check_compatible(self, model: GPT, name) -> GPT:
+        """The model, on the device. UserError where its vocabulary or its context does not fit."""
+        if model.config.vocab_size != self.data.enc.n_vocab:
+            raise UserError(f"{name} has {model.config.vocab_size} tokens, the tokenizer of this "
+                            f"command {self.data.enc.n_vocab}: give the --vocab that it was "
+                            "trained with")
+        if model.config.n_ctx < self.cfg.n_ctx:
+            raise UserError(f"{name} has a context of {model.config.n_ctx} tokens, this command "
+                            f"wants {self.cfg.n_ctx}: give --n-ctx {model.config.n_ctx}")
+        return model.to(self.device)
+
+    def load_reference(self) -> GPT:
+        """π_ref: the SFT model, or for a preference file the one given or fine-tuned for it."""
+        cfg, path = self.cfg, Path(self.cfg.reference)
+        if not cfg.reference:
+            return self.policy("chosen" if cfg.groups else "sft")
+        if not (path / "model.pt").exists():
+            return self.pretrained(cfg.reference)
+        ranks = data_imdb.load_encoding(path / "bpe.tiktoken")._mergeable_ranks
+        if ranks != self.data.enc._mergeable_ranks:
+            raise UserError(f"{path} was trained with another tokenizer than this command's: "
+                            "give the --preset, --vocab and --seed that it was made with")
+        return self.check_compatible(GPT.load(path / "model.pt"), path)
+
+    @functools.cached_property
+    def reward(self):
+        """r*: (prompts, completions) -> (N,) in [0, 1]."""
+        if self.cfg.reward == "siebert":
+            return SiebertReward(self.data.enc, self.cfg.siebert_path, self.device)
+        if self.cfg.corpus == "toy":
+            return ToyReward(self.data.enc)
+        model = RewardModel.load(self.folder("reward") / "model.pt").to(self.device)
+        return ModelReward(model, self.data.eot)
+
+    @functools.cached_property
+    def groups(self) -> data_imdb.Groups:
+        """The finished stage's own groups; before it is finished, those that --groups names."""
+        finished = (self.folder("groups") / "ref_logps.pt").exists()
+        path = self.folder("groups") / "groups.jsonl" if finished else Path(self.cfg.groups)
+        return data_imdb.read_groups(path, self.data.enc, self.cfg.n_ctx)
+
+    @functools.cached_property
+    def split(self) -> tuple[list[int], list[int]]:
+        """Indices of the groups to train on and of those held out."""
+        return data_imdb.split_prompts(self.groups.prompt_ids)
+
+    @functools.cached_property
+    def ref_logps(self) -> torch.Tensor:
+        """log π_ref of the groups' completions, (P, K)."""
+        return load_tensors(self.folder("groups") / "ref_logps.pt")["ref_logps"]
+
+    @functools.cached_property
+    def reference_eval(self) -> dict:
+        """What `groups` says of π_ref: its point, the prompts it was evaluated on, the optimum."""
+        return read_json(self.folder("groups") / "reference.json")
+
+    # -------------------------------------------------------------------------- sampling
+
+    def batch_size(self) -> int:
+        """Sequences sampled at once: a KV cache of their length must fit the memory."""
+        length = self.cfg.n_ctx if self.cfg.groups else 9 + self.cfg.max_new_tokens
+        return max(1, (80_000 if self.device.type == "cpu" else 2**16) // length)
+
+    def sample(self, model: GPT, prompts, seed: int, temperature: float = 1.0) -> list[list[int]]:
+        """One completion per prompt. On a CPU parts of the batch run in threads of their own: small
+        operations divide badly among cores, whole parts do not."""
+        threads = torch.get_num_threads()
+        workers = min(4, threads) if self.device.type == "cpu" else 1
+
+        def parallel(work, parts):
+            def autocast(part):  # a new thread begins without it
+                with self.autocast():
+                    return work(part)
+
+            try:
+                with ThreadPoolExecutor(workers, "sample", torch.set_num_threads,
+                                        (threads // workers,)) as pool:
+                    return list(pool.map(autocast, parts))
+            finally:
+                torch.set_num_threads(threads)  # the pool has set it for every thread
+
+        batch_size = min(self.batch_size() // workers, -(-len(prompts) // workers))
+        return model.sample(prompts, self.cfg.max_new_tokens, self.data.eot, seed, temperature,
+                            batch_size=max(1, batch_size), parallel=parallel)
+
+    def evaluate(self, policy: GPT, reference: GPT, prompts, temperature: float = 1.0) -> dict:
+        """A point on these prompts: the same uniforms for every policy of this seed."""
+        began = time.perf_counter()
+        reward = None if self.cfg.groups else self.reward  # other people's rewards are not our r*
+        seed = seed_of(self.cfg, "evaluate")
+        with self.autocast():
+            point = evaluate(
+                policy, reference, prompts, reward,
+                lambda model, prompts, temperature: self.sample(model, prompts, seed, temperature),
+                self.data.eot, temperature, max(1, self.batch_size() // 8))
+        return point | dict(seconds=round(time.perf_counter() - began, 2))
+
+    def save_policy(self, run: Run, model: GPT) -> None:
+        """Its tokenizer, then model.pt, which marks the run finished."""
+        write_whole(run.path("bpe.tiktoken"),
+                    lambda file: data_imdb.save_encoding(file, self.data.enc))
+        run.finish(model.checkpoint())

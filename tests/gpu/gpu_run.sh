@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# A GPU machine for fifteen minutes: two commands, one after the other on the warm machine, in the
+# repository's root, with the folder .gpu/ of prepare.sh:
+#   bash .gpu/gpu_run.sh check      about 200 s
+#   bash .gpu/gpu_run.sh main       about 480 s, at once after the first; again: it goes on
+# Nothing stops the script. Each phase has a limit, a log, and two lines in run.log; what is worth
+# keeping is packed into $OUT after each. To try it without a GPU: GPU_DEVICE=cpu, which makes
+# everything tiny. GPU_SUITE=0 leaves the two phases of pytest out.
+set -uo pipefail
+mode=${1:-check} device=${GPU_DEVICE:-cuda} here=$(dirname "$0") python=${PYTHON:-python3}
+OUT=${OUT:-/tmp/gpu-out} work=${WORK:-/tmp/gpu-work}
+limit=${2:-$([ "$mode" = check ] && echo 200 || echo 480)}  # seconds
+start=$SECONDS
+mkdir -p "$OUT" "$work"; exec > >(tee -a "$work/run-$mode.log" "$OUT/run.log") 2>&1
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 MPLBACKEND=Agg
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TORCHINDUCTOR_CACHE_DIR=$work/inductor
+export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$work/none}
+slow=1; [ "$device" = cpu ] && { export OMP_NUM_THREADS=1; slow=10; }  # limits are a GPU's
+
+left() { echo $((slow * limit - (SECONDS - start))); }
+clock() { printf '%4d s' $((SECONDS - start)); }
+
+pack() {  # at most 8 files of 16 MiB, none deeper than $OUT
+  local runs; runs=$(cat "$work/runs" 2>/dev/null || echo out)
+  (cd "$work" && tar czf "$OUT/logs.tar.gz" --exclude=inductor --exclude=smoke --exclude=none \
+    --exclude=toydata --exclude='runs-*' . 2>/dev/null)
+  [ -d "$runs" ] && (cd "$runs" && find . -type f \( -name '*.jsonl' -o -name '*.json' \
+    -o -name '*.png' -o -name '*.txt' -o -name '*.md' \) ! -name groups.jsonl -print0 |
+    tar czf "$OUT/results.tar.gz" --null -T - 2>/dev/null)
+  cp -f "$work/checks.log" "$work/bench.json" "$OUT/" 2>/dev/null
+  find "$runs" -path '*frontier*' -name frontier.png -exec cp -f {} "$OUT/" \; 2>/dev/null
+  find "$runs" -path '*dpo*' -name curves.png -exec cp -f {} "$OUT/" \; 2>/dev/null
+  local size; size=$(stat -c %s "$OUT/results.tar.gz" 2>/dev/null || echo 0)
+  [ "$size" -gt 16000000 ] &&
+    (cd "$OUT" && split -b 15000000 -d results.tar.gz results.part. && rm results.tar.gz)
+}
+
+phase() {  # phase NAME SECONDS COMMAND...: Ctrl-C at the limit; the last checkpoint stays
+  local name=$1 most=$((slow * $2)); shift 2
+  local rest; rest=$(left); [ "$most" -gt "$rest" ] && most=$rest
+  if [ "$most" -lt 5 ]; then echo "[$(clock)] SKIP $name: no time is left"; return 99; fi
+  echo "[$(clock)] $name, at most $most s: ${*//$'\n'/ }" | cut -c1-600
+  timeout -s INT -k 20 "$most" "$@" > "$work/$name.log" 2>&1; local code=$?
+  echo "[$(clock)] $name: exit $code"
+  tail -n "${SHOW:-4}" "$work/$name.log" | cut -c1-300 | sed 's/^/    /'
+  pack; return $code
+}
+
+unpack() {  # IMDb's tokens into data/
+  phase data 40 $python -c "import tarfile; tarfile.open('$here/data.tar.xz').extractall('data')"
+}
+
+trap 'pack; echo "[$(clock)] end; in $OUT: $(ls "$OUT" | tr "\n" " ")"' EXIT
+
+if [ "$mode" = check ]; then
+  tiny="--preset toy --device $device --threads 1 --reviews 300 --vocab 900 --n-layer 2 --n-head 2
+    --n-embd 32 --n-ctx 48 --sft-steps 8 --sft-batch 16 --dropout 0.1 --prompts 40 --eval-prompts 8
+    --valid-prompts 8 --optimum-samples 4 --max-new-tokens 24 --dpo-steps 6 --dpo-batch 5
+    --rm-batch 12 --rm-epochs 1 --ppo-steps 4 --ppo-rollouts 8 --best-of 8 --data $work/toydata"
+  rm -rf "$work/smoke" "$work/smoke.txt"
+  SHOW=14 phase env 20 bash -c "nvidia-smi -L
+    nvidia-smi --query-gpu=memory.total,clocks.sm,driver_version --format=csv
+    nproc; free -g | head -2; df -h /dev/shm /tmp .
+    $python -c 'import torch, numpy, tiktoken, matplotlib as m; print(torch.__version__,
+      numpy.__version__, m.__version__, torch.cuda.is_available(), torch.cuda.is_bf16_supported())'"
+  [ -s "$here/data.tar.xz" ] && unpack
+  # the corpus and its BPE once; then a chain per precision, side by side with checks.py and, on
+  # the CPU, with the whole suite
+  phase smoke-sft 60 $python train.py --stage sft $tiny --out "$work/smoke/first"
+  suite=
+  if [ "${GPU_SUITE:-1}" = 1 ]; then
+    workers=$($python -c "import xdist" 2>/dev/null && echo "-n 8")
+    (CUDA_VISIBLE_DEVICES= timeout 75 $python -m pytest -q -x $workers -p no:cacheprovider \
+       > "$work/pytest.log" 2>&1; echo "pytest: exit $?" >> "$work/pytest.log") &
+    suite=$!
+  fi
+  declare -A stages=([bf16]="dpo inspect ppo best-of-n" [fp16]="dpo" [fp32]="dpo unlikelihood")
+  for precision in bf16 fp16 fp32; do
+    (for stage in ${stages[$precision]}; do
+       timeout $((40 * slow)) $python -m experiments --stage $stage $tiny --precision $precision \
+         --out "$work/smoke/$precision" > "$work/smoke-$precision-$stage.log" 2>&1
+       echo "smoke $precision $stage: exit $?" | tee -a "$work/smoke.txt"
+     done) & chains+=($!)
+  done
+  SHOW=20 phase checks 75 $python "$here/checks.py" --device "$device"
+  wait "${chains[@]}"
+  echo "[$(clock)] chains: $(grep -c 'exit 0' "$work/smoke.txt") of 7 ended well"
+  grep -v 'exit 0' "$work/smoke.txt" | tr -d : | while read -r _ precision stage _; do
+    tail -n 3 "$work/smoke-$precision-$stage.log"; done | cut -c1-300
+  if [ -n "$suite" ]; then
+    wait $suite; tail -n 3 "$work/pytest.log"
+    phase pytest-cuda 45 $python -m pytest -q -p no:cacheprovider -k cuda
+  fi
+  SHOW=16 phase bench $(($(left) - 5)) $python "$here/bench.py" --device "$device" \
+    --json "$work/bench.json" --flags "$work/flags" --limit $(($(left) - 45))
+  # minutes on a CPU, whose operations inductor compiles with g++
+  [ "$device" = cuda ] && phase compiled $(($(left) - 3)) $python "$here/bench.py" \
+    --json "$work/bench-compiled.json" --flags /dev/null --only sft_compiled
+else
+  if [ "$device" = cpu ]; then
+    base=(--preset toy --device cpu --threads 1 --reviews 300 --vocab 900 --n-layer 1 --n-head 2
+          --n-embd 16 --n-ctx 48 --prompts 30 --eval-prompts 4 --valid-prompts 4
+          --optimum-samples 4 --max-new-tokens 12 --sft-steps 2)
+    frontier=(--sweep-steps 1 --evals-per-run 1 --ppo-steps 1 --ppo-rollouts 8 --best-of 4
+              --rm-batch 12 --rm-epochs 1 --jobs 1)
+    dpo=(--dpo-steps 2 --dpo-batch 5) flags=() data=$work/toydata
+  else
+    base=(--preset imdb --device cuda --eval-prompts 512 --valid-prompts 256 --optimum-samples 64
+          --save-secs 45)
+    frontier=(--sweep-steps 250 --evals-per-run 3 --ppo-steps 16 --ppo-rollouts 512 --ppo-lr 5e-5
+              --best-of 64 --jobs 6)
+    dpo=(--dpo-steps 600 --dpo-warmup 100) data=data
+    # where bench.py has not said what fits
+    flags=(--sft-steps 1500 --sft-warmup 75 --reward-steps 500 --prompts 8000)
+    [ -s "$work/flags" ] && read -r -a flags < "$work/flags"
+    [ -d data ] || unpack
+  fi
+  runs=$(cat "$work/runs" 2>/dev/null)
+  if [ -z "$runs" ]; then  # memory, where there is plenty: no fsync of 200 MB to a slow disk
+    free=$(df --output=avail -BG /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9); runs=$work/runs-here
+    [ "$device" = cuda ] && [ "${free:-0}" -ge 30 ] && runs=/dev/shm/gpu-runs
+    mkdir -p "$runs"; echo "$runs" > "$work/runs"
+  fi
+  common=("${base[@]}" ${flags[@]+"${flags[@]}"} --out "$runs" --data "$data")
+  [ -s "$work/precision" ] && common+=(--precision "$(cat "$work/precision")")
+  SHOW=30 phase dpo 280 $python train.py --stage dpo "${common[@]}" "${dpo[@]}"; code=$?
+  # 124: its time was over. Any other error may be one of half precision.
+  if [ $code -ne 0 ] && [ $code -ne 124 ] && [ ! -s "$work/precision" ]; then
+    echo fp32 > "$work/precision"; common+=(--precision fp32)
+    SHOW=30 phase dpo-fp32 250 $python train.py --stage dpo "${common[@]}" "${dpo[@]}"; code=$?
+  fi
+  if [ $code -eq 0 ]; then
+    SHOW=12 phase frontier $(($(left) - 30)) $python -m experiments --stage frontier \
+      "${common[@]}" "${frontier[@]}"; code=$?
+    SHOW=8 phase inspect 40 $python -m experiments --stage inspect "${common[@]}" "${dpo[@]}"
+    [ $code -ne 0 ] && phase degenerate $(($(left) - 5)) $python -m experiments --stage degenerate \
+      "${common[@]}"
+  fi
+  find "$runs" -name metrics.jsonl -exec wc -l {} + | sort -rn | head -n 50 > "$work/rows.txt"
+fi

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Beforehand, in the repository's root, on a CPU: what a GPU machine needs, in the folder .gpu/,
+# which git ignores: these scripts, and the tokens of the whole of IMDb (34 MiB, two minutes).
+#   IMDB_PATH=.../aclImdb_v1.tar.xz TIKTOKEN_CACHE_DIR=.../tiktoken bash tests/gpu/prepare.sh
+set -euo pipefail
+: "${IMDB_PATH:?}" "${TIKTOKEN_CACHE_DIR:?}" "${PYTHON:=python3}"
+mkdir -p .gpu
+exclude=$(git rev-parse --git-path info/exclude)
+grep -qx '/.gpu/' "$exclude" 2>/dev/null || echo '/.gpu/' >> "$exclude"
+cp tests/gpu/*.py tests/gpu/*.sh .gpu/
+if [ ! -s .gpu/data.tar.xz ]; then
+  folder=$($PYTHON - <<'P'
+from pathlib import Path
+
+import data_imdb
+from support.runs import json_hash
+
+data_imdb.load("imdb", "gpt2", Path(".gpu"), 0, 0, progress=lambda text: None)
+made, = Path(".gpu").glob("imdb-gpt2-*")
+# the name that `load` looks for where IMDB_PATH is not set
+print(made.rename(Path(".gpu") / f"imdb-gpt2-{json_hash(['imdb', 'gpt2', 0, 0, data_imdb.SIZE])}"))
+P
+)
+  tar -C .gpu -cf - "$(basename "$folder")" | xz -3 -T0 > .gpu/data.tar.xz
+  rm -r "$folder"
+fi
+files() { git ls-files -co --exclude-standard -z; }  # of which deleted ones make du fail
+tree=$(files | xargs -0 du -cb 2>/dev/null | tail -1 | cut -f1 || true)
+bytes=$((tree + $(du -sb .gpu | cut -f1)))
+echo "travels: $((bytes / 1048576)) MiB of 64"; ls -la .gpu
+[ "$bytes" -lt 64000000 ]

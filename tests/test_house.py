@@ -1,0 +1,81 @@
+"""The house of CONTRIBUTING.md: which files there are, and which way imports point."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ("gpt", "dpo", "data_imdb", "plot_frontier")
+FLOORS = [{"support"}, set(CORE), {"evaluate", "reward"}, {"job"}, {"train"}, {"experiments"}]
+
+
+def floor(module: str) -> int:
+    """How high a module stands: a module may import from its own floor or from below."""
+    return next(i for i, names in enumerate(FLOORS) if module.partition(".")[0] in names)
+
+
+def modules() -> dict[str, Path]:
+    files = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("experiments/*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+
+
+def imports(path: Path, known) -> set[str]:
+    """The project's modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & known or {node.module}
+    return found & known
+
+
+HOUSE = modules()
+IMPORTS = {name: imports(path, HOUSE.keys()) for name, path in HOUSE.items()}
+
+
+def test_only_the_eight_files_stand_at_the_top():
+    top = {name for name in HOUSE if "." not in name}
+    assert top == {*CORE, "evaluate", "reward", "job", "train"}
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_imports_point_down(name):
+    wrong = {other for other in IMPORTS[name] if floor(other) > floor(name)}
+    assert not wrong, f"{name} imports {sorted(wrong)}, which stand above it"
+
+
+def test_no_circle():
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, f"a circle: {' -> '.join([*path, name])}"
+        if name not in done:
+            for other in IMPORTS[name]:
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in HOUSE:
+        visit(name, [])
+
+
+def test_every_module_has_its_test_file():
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    beside = {"test_house", "test_mistakes", "test_readme", "test_exercises"}
+    wanted = {f"test_{name.rpartition('.')[2]}" for name in HOUSE if "__" not in name}
+    assert tests - beside == wanted
+
+
+def test_the_core_and_support_need_only_the_owners_packages():
+    """torch, numpy, tiktoken, matplotlib and tqdm; anything else is imported inside a function."""
+    allowed = {"torch", "numpy", "tiktoken", "matplotlib", "tqdm", "regex",  # tiktoken needs regex
+               *sys.stdlib_module_names, *(name.partition(".")[0] for name in HOUSE)}
+    for name, path in HOUSE.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.partition(".")[0] for n in names} <= allowed, f"{name} imports {names}"

@@ -1,0 +1,329 @@
+"""Laws of experiments/sweep.py: the plan, many runs at once, and frontier.jsonl.
+
+Two steps per run: the tests ask for bookkeeping, not for quality.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import TINY, command, folder, in_child, refused
+
+from experiments import sweep
+from experiments.baselines import best_of_kl
+from experiments.rates import chosen_rates
+from experiments.sweep import (evaluations, finals, finished, make_runs, methods_of, rates,
+                               run_parallel, tried)
+from job import Job
+from plot_frontier import KEYS, read_points
+from support.runs import UserError
+from support.settings import IMDB, TOY, parse
+from train import Diverged
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",
+       "--rm-epochs", "1", "--evals-per-run", "2"]
+
+
+def job_of(out: Path, data: Path, *flags) -> Job:
+    argv = [*FEW, *flags, "--out", str(out), "--data", str(data)]
+    _, preset, _, cfg = parse(argv, False)
+    return Job(preset, cfg, argv)
+
+
+# ------------------------------------------------------------------------------ the plan
+
+
+def test_figure_2_is_complete():
+    cfg = replace(TOY, seeds=2)
+    runs = finals(cfg, {name: 1e-3 for name in methods_of(cfg)})
+    betas = {p.cfg.beta for p in runs if p.method == "dpo"}
+    assert {0.05, 0.1, 1, 5} < betas, "Section 6.1"
+    assert {p.cfg.alpha for p in runs if p.method == "unlikelihood"} == {0.05, 0.1, 0.5, 1}
+    assert {p.cfg.ppo_target for p in runs if p.method == "ppo"} == {0.5, 1, 2, 3}
+    seeds = {p.method: {q.cfg.run_seed for q in runs if q.method == p.method} for p in runs}
+    assert seeds == {"dpo": {0, 1}, "unlikelihood": {0, 1}, "ppo": {0, 1}, "ppo-gt": {0, 1},
+                     "preferred-ft": {0, 1, 2}}, "Preferred-FT has no setting but its seed"
+
+
+def test_a_candidate_at_the_chosen_rate_is_a_run_of_the_figure():
+    methods, first = methods_of(TOY), list(tried(TOY).values())
+    chosen = {name: float(f"{getattr(TOY, m.rate) * m.multiples[1]:.3g}")
+              for name, m in methods.items()}
+    both = [p for p in finals(TOY, chosen) if p in first]
+    assert len(both) == len(methods), "one per method, which is not run twice"
+
+
+def test_beyond_the_central_setting_a_larger_beta_takes_a_smaller_rate():
+    cfg = replace(TOY, label_dial=True, rankings=True)
+    chosen = {name: getattr(cfg, m.rate) for name, m in methods_of(cfg).items()}
+    for p in finals(cfg, chosen):
+        m = methods_of(cfg)[p.method]
+        beta, central = (m.settings[x].get("beta", 1) for x in (p.setting, m.central))
+        assert p.rate == getattr(p.cfg, m.rate)
+        assert p.rate == pytest.approx(chosen[p.method] * min(1, central / beta)**0.5, rel=5e-3)
+    assert len({p.rate for p in finals(cfg, chosen) if p.method == "dpo"}) == 4, "2, 3, 4 and 5"
+    assert {p.rate for p in finals(IMDB, dict(dpo=1e-5))} == {1e-5}, "elsewhere it was not measured"
+
+
+@pytest.mark.parametrize("flags", ["--loss plackett-luce", "--labels soft", "--weight constant"])
+def test_each_method_has_its_own_loss_and_labels_whatever_the_flags(flags):
+    _, _, _, cfg = parse(["--preset", "toy", "--rankings", "--label-dial", *flags.split()], False)
+    wanted = {"dpo": ("pairwise", "hard"), "plackett-luce": ("plackett-luce", "hard"),
+              "dpo-soft": ("pairwise", "soft"), "dpo-sampled": ("pairwise", "sampled")}
+    for p in finals(cfg, {name: 1e-3 for name in methods_of(cfg)}):
+        if p.stage == "dpo":
+            assert (p.cfg.loss, p.cfg.labels) == wanted[p.method] and p.cfg.weight == "sigmoid"
+
+
+# ------------------------------------------------------------------------------ frontier.jsonl
+
+
+def few_methods(cfg) -> dict:
+    """Two settings and two rates of each method."""
+    return {name: m._replace(multiples=(0.5, 1.0), settings={
+        k: v for k, v in m.settings.items() if k in (m.central, next(iter(m.settings)))})
+        for name, m in methods_of(cfg).items()}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(sweep, "methods_of", few_methods)
+
+
+@pytest.fixture(scope="module")
+def swept(chain, tmp_path_factory) -> Path:
+    """--out of a sweep over few methods, two points per run."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    for stage in ("sft", "groups"):
+        shutil.copytree(folder(chain.out, stage), out / "toy" / folder(chain.out, stage).name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "methods_of", few_methods)
+        result = command("--stage", "frontier", *FEW, "--temperatures", "--out", out, "--data",
+                         chain.data)
+    assert result.code == 0, result.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def points(swept) -> list[dict]:
+    return read_points(folder(swept, "frontier"))
+
+
+def test_every_run_of_the_plan_has_its_points(points):
+    found = {(p["method"], p["setting"], p["seed"]) for p in points}
+    for method, m in few_methods(TOY).items():
+        assert {(method, s, seed) for s in m.settings for seed in range(m.seeds)} <= found
+    assert {("sft", "", 0), ("best-of-n", "N=16", 0), ("best-of-n-learned", "N=4", 0)} <= found
+    assert sum(method == "optimum" for method, _, _ in found) > 20
+
+
+def test_every_point_has_every_key_and_the_same_prompts(points):
+    for p in points:
+        assert tuple(p) == tuple(KEYS)
+        assert len(p["rewards"]) == len(p["kls"]) == 8
+        assert p["method"] == "optimum" or 0 <= p["win"] <= 1
+        if p["method"] == "best-of-n":
+            assert p["kl"] == pytest.approx(best_of_kl(int(p["setting"][2:])))
+        if p["method"] == "dpo" and p["temperature"] == 1:
+            beta = float(p["setting"][5:])
+            assert p["reward_learned"] == pytest.approx(beta * p["kl_mc"]), "r̂ of its own samples"
+    sft = next(p for p in points if p["method"] == "sft" and p["temperature"] == 1)
+    assert sft["kl"] == 0 and sft["win"] == 0.5 and sft["step"] == 0, "π_ref ties with itself"
+
+
+def test_points_come_at_regular_steps_and_costs_only_grow(points):
+    runs = {}
+    for p in points:
+        if p["method"] in methods_of(TOY) and p["temperature"] == 1:
+            runs.setdefault((p["method"], p["setting"], p["seed"]), []).append(p)
+    for name, (first, last) in runs.items():
+        assert (first["step"], last["step"]) == (1, 2), name
+        assert first["seconds"] <= last["seconds"]
+        new = 8 if name[0] in ("ppo", "ppo-gt") else 0  # one completion per rollout
+        assert last["samples"] - first["samples"] == new, name
+    dpo, ppo, ppo_gt = (runs[method, setting, 0][0]["samples"] for method, setting in (
+        ("dpo", "beta=2"), ("ppo", "target=2"), ("ppo-gt", "target=2")))
+    assert (ppo_gt, ppo - dpo) == (8, 8), "PPO with r* needs no completions of π_ref"
+
+
+def test_a_rate_is_the_best_of_those_tried_on_validation_prompts(chain, swept, few):
+    job = job_of(swept, chain.data)
+    table = rates(job)
+    assert table == json.loads((folder(swept, "frontier") / "rates.json").read_text())
+    for method in few_methods(job.cfg):
+        rows = [row for row in table if row["method"] == method]
+        best, = (row for row in rows if row["chosen"])
+        assert len(rows) == 2 and best["share"] == max(row["share"] for row in rows)
+    valid, test = (set(map(tuple, job.reference_eval[key])) for key in ("valid", "prompts"))
+    assert not valid & test
+
+
+def test_temperatures_are_those_of_the_best_policy_per_method_on_validation_prompts(
+        chain, swept, few, points):
+    job = job_of(swept, chain.data)
+    cold = {(p["method"], p["temperature"]): p for p in points if p["temperature"] != 1}
+    assert len(cold) == sum(p["temperature"] != 1 for p in points) == 5 * 4
+    for method in ("dpo", "ppo", "preferred-ft"):
+        best = max((p for p in finals(job.cfg, chosen_rates(rates(job))) if p.method == method),
+                   key=lambda p: evaluations(job, p)[-1]["valid_reward"])
+        for t in (0, 0.25, 0.5, 0.75):
+            p = cold[method, t]
+            assert (p["setting"], p["seed"], p["step"]) == (best.setting, best.cfg.run_seed, 2)
+    assert cold["sft", 0]["rewards"] == cold["best-of-n-learned", 0]["rewards"], "all N are equal"
+
+
+def test_a_finished_run_is_never_made_again(chain, swept, few, tmp_path):
+    out = shutil.copytree(swept, tmp_path / "out")
+    shutil.rmtree(folder(out, "frontier"))
+
+    def times():
+        return {f: f.stat().st_mtime_ns for f in out.glob("toy/*/*") if f.name != ".lock"}
+
+    before = times()
+    result = command("--stage", "frontier", *FEW, "--out", out, "--data", chain.data)
+    assert result.code == 0, result.err
+    assert before.items() <= times().items(), "a run's file was written again"
+    again, first = (read_points(folder(root, "frontier")) for root in (out, swept))
+    assert again == [p for p in first if p["temperature"] == 1]
+
+
+def test_metrics_without_the_last_evaluation_are_refused(chain, swept, few, tmp_path):
+    out = shutil.copytree(swept, tmp_path / "out")
+    job = job_of(out, chain.data)
+    plan = next(iter(tried(job.cfg).values()))
+    metrics = job.beside(plan.cfg).folder(plan.stage) / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="lost its last rows.*delete"):
+        evaluations(job, plan)
+
+
+def test_a_sweep_over_a_parent_that_changed_is_refused(chain, copied):
+    out = copied("sft", "groups")
+    model = folder(out, "sft") / "model.pt"
+    model.write_bytes(model.read_bytes()[:-100])
+    refused(command("--stage", "frontier", *FEW, "--out", out, "--data", chain.data),
+            "sft has changed since", "delete")
+
+
+# ------------------------------------------------------------------------------ many runs at once
+
+
+@pytest.fixture
+def job(chain, copied):
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # no shell's job control
+    yield job_of(copied("sft", "groups"), chain.data, "--dpo-steps", "2", "--evals-per-run", "1")
+    signal.signal(signal.SIGINT, handler)
+
+
+def two_runs(job: Job):
+    return [("dpo", replace(job.cfg, beta=beta, threads=1)) for beta in (0.3, 0.6)]
+
+
+def with_workers(act, count: int) -> None:
+    """Calls act(worker processes) in a thread of its own, once `count` of them have started."""
+    def wait():
+        while len(workers := multiprocessing.active_children()) < count:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        act(workers)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def send(number: int):
+    return lambda workers: [os.kill(worker.pid, number) for worker in workers]
+
+
+def test_a_worker_makes_the_run_that_this_process_makes(job):
+    """Also where Ctrl-C reaches it: a worker ignores it, while it starts as well."""
+    ended, run = [], two_runs(job)[0]
+    with_workers(send(signal.SIGINT), 1)
+    (name, made), = run_parallel(job, [run], 2, lambda *a: ended.append(a)).items()
+    assert ended == [(*run, None)]
+    shutil.rmtree(job.root / name)
+    job.hashes.clear()
+    assert run_parallel(job, [run], 1, lambda *a: None) == {name: made}
+
+
+@pytest.mark.parametrize("signal_sent, raised", [(signal.SIGINT, KeyboardInterrupt),
+                                                 (signal.SIGKILL, UserError)])
+def test_ctrl_c_and_a_killed_worker_end_the_sweep_and_its_workers(job, signal_sent, raised):
+    """Ctrl-C goes to the whole process group; SIGKILL to the workers alone."""
+    def work():
+        os.setpgrp()
+        with_workers(lambda workers: os.killpg(0, signal.SIGINT), 2) \
+            if signal_sent == signal.SIGINT else with_workers(send(signal.SIGKILL), 2)
+        try:
+            run_parallel(job, two_runs(job), 2, lambda *a: None)
+        except raised as error:
+            print(repr(error), multiprocessing.active_children())
+            return 3
+
+    code, text = in_child(work)
+    assert code == 3 and "[]" in text and "Traceback" not in text, text
+    assert signal_sent == signal.SIGINT or "--jobs" in text
+    assert not any(finished(job, *run) for run in two_runs(job)), "a worker went on"
+    assert len(run_parallel(job, two_runs(job), 1, lambda *a: None)) == 2, "it goes on afterwards"
+
+
+def test_a_killed_sweep_leaves_no_worker_behind(job, tmp_path):
+    def work():
+        def die(workers):
+            (tmp_path / "pid").write_text(str(workers[0].pid))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)  # a worker that lives on would keep our pipe open
+        with_workers(die, 1)
+        run_parallel(job, two_runs(job)[:1], 2, lambda *a: None)
+
+    code, text = in_child(work)
+    assert code == -signal.SIGKILL, text
+    pid = int((tmp_path / "pid").read_text())
+    stat, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 60
+    while stat.exists() and " Z " not in stat.read_text():
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            pytest.fail("the worker lives on")
+        time.sleep(0.05)
+
+
+def test_runs_that_diverge_are_left_out_and_named(job, monkeypatch, capsys):
+    """A candidate at an absurd rate, and a setting whose loss overflows."""
+    one = methods_of(TOY)["unlikelihood"]._replace(multiples=(1.0, 1e36), settings={
+        f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.5, 1e39)})
+    monkeypatch.setattr(sweep, "methods_of", lambda cfg: {"unlikelihood": one})
+    hashes = make_runs(job)
+    assert len(hashes) == 3, "rm, best-of-n and one candidate, which is also a run of the figure"
+    text = capsys.readouterr().out
+    assert "2 runs diverged and are left out: unlikelihood alpha=0.5" in text
+    assert "unlikelihood alpha=1e+39" in text and "5 of 5 runs" in text
+    assert [(row["share"] is None, row["chosen"]) for row in rates(job)] == [(0, 1), (1, 0)]
+
+
+def test_a_reward_model_that_diverges_ends_the_sweep(chain, copied):
+    job = job_of(copied("sft", "groups"), chain.data, "--rm-lr", "1e36")
+    with pytest.raises(Diverged, match="--rm-lr"):
+        make_runs(job)
+
+
+def test_divergence_is_reported_and_any_other_error_raised(job):
+    wanted, ended = two_runs(job), []
+    wanted[0] = "dpo", replace(wanted[0][1], dpo_lr=1e36, dpo_warmup=0, eval_every=2)
+    hashes = run_parallel(job, wanted, 1, lambda *a: ended.append(a[2]))
+    assert len(hashes) == 1 and isinstance(ended[0], Diverged) and ended[1] is None
+    busy = job.beside(replace(job.cfg, beta=0.9)).folder("dpo")
+    busy.mkdir()
+    with open(busy / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another process"):
+            run_parallel(job, [("dpo", replace(job.cfg, beta=0.9))], 1, lambda *a: None)
