@@ -35,8 +35,8 @@ def seed_of(cfg: Settings, name: str, step=0) -> int:
 def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of the best of many large matrix products: the 100 % of the logged mfu."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    # a CPU may emulate fp16 a hundred times slower
-    n = 8192 if device.type == "cuda" else 1024 if dtype != torch.float16 else 128
+    # a CPU may emulate half precision a hundred times slower
+    n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 128
     a, best, started = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter()
     while best == math.inf or time.perf_counter() - started < 0.3:
         began = time.perf_counter()

@@ -213,7 +213,7 @@ def sft(job: Job, run: Run) -> str:
         warmup=cfg.sft_warmup, weight_decay=cfg.sft_decay,
         evaluation=lambda model: dict(loss=validation_loss(job, model)))
     job.save_policy(run, model)
-    return f"validation loss {validation_loss(job, model):.3f} nats per token"
+    return f"validation loss {run.metrics()[-1]['eval']['loss']:.3f} nats per token"
 
 
 def chosen(job: Job, run: Run) -> None:

@@ -39,8 +39,9 @@ def dpo_by_pair(policy, reference, reward, K: int, epochs: int) -> None:
 
 
 def ppo(policy, reference, reward, K: int, epochs: int) -> None:
-    """A round of PPO on K fresh samples; the value is a second head on the policy. (ppo.py gives
-    it a network of its own: one more model in memory, and its pass beside each of π_θ's.)"""
+    """A round of PPO on K fresh samples; the value is a second head on the policy. (Here
+    experiments/ppo.py gives it a network of its own: one more model in memory, and its pass beside
+    each of π_θ's.)"""
     for _ in range(K):
         policy.sample()  # token by token
         policy.forward()  # the old log-probs and the values

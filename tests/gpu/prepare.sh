@@ -5,8 +5,6 @@
 set -euo pipefail
 : "${IMDB_PATH:?}" "${TIKTOKEN_CACHE_DIR:?}" "${PYTHON:=python3}"
 mkdir -p .gpu
-exclude=$(git rev-parse --git-path info/exclude)
-grep -qx '/.gpu/' "$exclude" 2>/dev/null || echo '/.gpu/' >> "$exclude"
 cp tests/gpu/*.py tests/gpu/*.sh .gpu/
 if [ ! -s .gpu/data.tar.xz ]; then
   folder=$($PYTHON - <<'P'
