@@ -367,8 +367,9 @@ def sample_prompts(tokens: Tokens, n: int, seed: int | Sequence[int], lo: int = 
                    avoid: Collection[tuple[int, ...]] = frozenset()) -> tuple[list[list[int]], int]:
     """App. C.1 · `n` prompts: <|endoftext|> and the first lo to hi tokens of reviews.
 
-    Reviews are taken in a seeded order, none twice before all were taken. A prompt in `avoid` (for
-    evaluation: the training prompts) is drawn again; the second result counts those.
+    Reviews are taken in a seeded order; no review is taken twice until all have been taken. A
+    prompt in `avoid` (for evaluation: the training prompts) is drawn again; the second result
+    counts those.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero(np.diff(tokens.offsets) > hi))
@@ -376,7 +377,8 @@ def sample_prompts(tokens: Tokens, n: int, seed: int | Sequence[int], lo: int = 
     while len(prompts) < n:
         if not len(order) or drawn - len(prompts) > 100 * n:
             raise UserError(f"found {len(prompts)} prompts of {lo} to {hi} tokens in {len(tokens)} "
-                            f"reviews, wanted {n}; ask for fewer, or for others to avoid")
+                            f"reviews, wanted {n}: lower --prompts, --eval-prompts or "
+                            "--valid-prompts, or raise --reviews")
         prompt = tokens[order[drawn % len(order)]][: 1 + rng.integers(lo, hi + 1)].tolist()
         drawn += 1
         if tuple(prompt) not in avoid:
@@ -390,7 +392,7 @@ class Groups:
 
     prompt_ids: list[list[int]]  # P, each from <|endoftext|> on
     completion_ids: list[list[list[int]]]  # P x K, with the <|endoftext|> that ended one
-    rewards: np.ndarray  # (P, K) float32: r*; without it from 1, the best, down to 0
+    rewards: np.ndarray  # (P, K) float32: r*; without it 1 for the best, down to 0
     has_reward: bool  # whether the rewards are r*
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> groups left out
 
@@ -436,7 +438,7 @@ def split_prompts(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
 
 
 def write_groups(file: BinaryIO, groups: Groups, enc: tiktoken.Encoding) -> None:
-    """JSON lines for runs.write_whole; "rewards" is null without r*: then the best stands first."""
+    """JSON lines for runs.write_whole. Without r*, "rewards" is null and the best stands first."""
     eot = enc.eot_token
     for prompt, completions, rewards in zip(groups.prompt_ids, groups.completion_ids,
                                             groups.rewards, strict=True):

@@ -31,7 +31,6 @@ WeightFn = Callable[[Tensor, float], Tensor]  # (margin (N,), beta) -> (N,)
 
 # ------------------------------------------------------------------------------ notation
 
-
 def completion_mask(prompt_lens: Tensor, lengths: Tensor, T: int) -> Tensor:
     """The tokens of y: (B,) and (B,) -> (B, T) bool, true where prompt_len <= t < length.
 
@@ -98,7 +97,6 @@ def need_pairs(yw_idxs: Tensor, yl_idxs: Tensor) -> None:
 
 # ------------------------------------------------------------------------------ Section 3
 
-
 def preference_probability(r1: Tensor, r2: Tensor) -> Tensor:
     """Eq. 1 · p*(y₁ ≻ y₂ | x) = exp r*(x,y₁) / (exp r*(x,y₁) + exp r*(x,y₂)).
 
@@ -147,7 +145,6 @@ def objective(logp: Tensor, ref_logp: Tensor, rewards: Tensor, beta: float) -> T
 
 
 # ------------------------------------------------------------------------------ Section 4
-
 
 def log_partition(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """log Z(x) of Eq. 4, Z(x) = Σ_y π_ref(y|x) exp(r(x,y)/β): two (..., K) -> (...)."""
@@ -226,7 +223,6 @@ def dpo_gradient(weights: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float,
 
 
 # ------------------------------------------------------------------------------ losses by weight
-
 
 class Weight(NamedTuple):
     """An importance weight w(m, β), and the loss f(m, β) that it comes from: w = -∂f/∂m, (N,).
@@ -323,7 +319,6 @@ def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idx
 
 
 # ------------------------------------------------------------------------------ A.3 and C.3
-
 
 def ranking_logps(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 18 · p(τ | y₁…y_K, x) = Π_k exp r(x,y_τ(k)) / Σ_{j≥k} exp r(x,y_τ(j)),  best first.

@@ -27,8 +27,8 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
     idx (B, T), prompt_lens (B,), lengths (B,) -> (3, B) float64 on the CPU:
     kl: the exact KL of each step's distribution over the vocabulary, summed along the sample,
         the decision to end included, the prompt and all after the end left out;
-    kl_mc: log π(y|x) - log π_ref(y|x), the one-sample estimate. Same mean; near π_ref a far
-        larger variance (far from it there is no law); often negative on one sample;
+    kl_mc: log π(y|x) - log π_ref(y|x), the one-sample estimate. It has the same mean. Near π_ref
+        its variance is far larger, and on one sample it is often negative;
     ref_nll: -log π_ref(y|x).
     π is the policy at the `temperature` that it was sampled at (0: all on the token taken);
     π_ref is the reference at 1. With another temperature than the samples' neither is an estimate.
@@ -204,7 +204,6 @@ def correlation(implicit, rewards) -> float:
 
 
 # ------------------------------------------------------------------------------ what a run prints
-
 
 def write_samples(job, run, point: dict, n: int = 24) -> None:
     """samples.txt: completions of the same prompts by π_ref and by π_θ, from the same uniforms."""

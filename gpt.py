@@ -115,7 +115,7 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), under autocast up to one constant per position."""
-        return F.linear(hidden, head_weight(self.wte.weight))
+        return project(hidden, head_weight(self.wte.weight))
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
@@ -188,12 +188,8 @@ class GPT(nn.Module):
         rows = torch.arange(len(prompts), device=device)  # the prompts in the cache
         running = torch.ones_like(rows, dtype=torch.bool)  # those not ended
         start, t = 0, min(map(len, prompts))  # the shortest prompt goes in at once
-        # at V = 50257 oneDNN's product takes half the time of torch's own
-        onednn = device.type == "cpu" and w.dtype == torch.float32 and len(w) > 2**15 and \
-            torch.backends.mkldnn.is_available()
         while t < tokens.size(1):
-            hidden = self.hidden(tokens[rows, start:t], cache, start)[:, -1]
-            logits = F.linear(hidden.to_mkldnn(), w).to_dense() if onednn else F.linear(hidden, w)
+            logits = project(self.hidden(tokens[rows, start:t], cache, start)[:, -1], w)
             step = t - prompt_lens[rows]  # negative inside the prompt
             u = uniforms[rows, step.clamp(0, uniforms.size(1) - 1)]
             new = sample_inverse_cdf(logits, u, temperature, top_k, top_p)
@@ -220,8 +216,9 @@ class GPT(nn.Module):
                 model = cls(GPTConfig(**saved["config"] | {"dropout": dropout}))
             model.load_state_dict(saved["model"], assign=True)
         except (KeyError, TypeError, RuntimeError) as e:
-            raise UserError(f"{path} holds no GPT of this code ({str(e).splitlines()[0]}): delete "
-                            "its folder and run the stage that makes it") from None
+            raise UserError(f"{path} holds no {cls.__name__} of this code "
+                            f"({str(e).splitlines()[0]}): delete its folder and run the stage that "
+                            "makes it") from None
         return model
 
     def checkpoint(self) -> dict:
@@ -247,6 +244,15 @@ def head_weight(w):
     return (w - w.mean(0)).to(torch.get_autocast_dtype(w.device.type))
 
 
+def project(h, w):
+    """h Wᵀ: (..., C), (V, C) -> (..., V). At V = 50257 on a CPU oneDNN is faster than torch's own
+    product: 17 against 23 ms for 64 rows."""
+    if w.device.type == "cpu" and w.dtype == torch.float32 and len(w) > 2**15 and \
+            not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
+        return F.linear(h.to_mkldnn(), w).to_dense()
+    return F.linear(h, w)
+
+
 LOGITS_BUDGET = {"cpu": 2**31, "cuda": 2**33}  # bytes of logits kept for the backward pass
 BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of logits made at once; a CPU is slower with more
 
@@ -268,7 +274,7 @@ class HeadLogps(torch.autograd.Function):
         block = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w)))
         for i in range(0, len(h), block):
             part = slice(i, i + block)
-            logits, target = F.linear(h[part], w), targets[part, None]
+            logits, target = project(h[part], w), targets[part, None]
             logp = logits.log_softmax(-1, dtype=full).gather(-1, target)
             logps[part] = logp[:, 0]
             if needs_grad:
@@ -308,7 +314,8 @@ def sample_inverse_cdf(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits / temperature if temperature != 1 else logits  # a division copies them
     if 0 < top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

@@ -1,4 +1,4 @@
-"""What one command stands on: its settings and device, the folders of its runs, and what they hold.
+"""One command's settings and device, the folders of its runs, and loaders for what they hold.
 
 A stage gets a Job and reads from it the corpus, the models, the groups and the sampler. Knows no
 loss and no loop.
@@ -8,7 +8,6 @@ P prompts, K completions per prompt.
 
 import functools
 import hashlib
-import math
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,12 +36,14 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     # a CPU may emulate half precision a hundred times slower
     n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 128
-    a, best, started = torch.randn(n, n, device=device, dtype=dtype), math.inf, time.perf_counter()
-    while best == math.inf or time.perf_counter() - started < 0.3:
+    a = torch.randn(n, n, device=device, dtype=dtype)
+
+    def seconds() -> float:
         began = time.perf_counter()
         float((a @ a)[0, 0])  # waits for it
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
+        return time.perf_counter() - began
+
+    return 2 * n**3 / min(seconds() for _ in range(20))
 
 
 class Job:
@@ -72,8 +73,7 @@ class Job:
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def folder(self, stage: str) -> Path:
-        base = PRESETS[self.preset]
-        base = replace(base, precision=self.auto) if base.precision == "auto" else base
+        base = replace(PRESETS[self.preset], precision=self.auto)
         base = replace(base, loss=stage) if stage in OTHER_LOSSES else base
         return self.root / (stage + run_name(self.cfg, base, SETTINGS_OF[stage]))
 
@@ -165,8 +165,9 @@ class Job:
     def sample(self, model: GPT, prompts, seed: int, temperature: float = 1.0) -> list[list[int]]:
         """One completion per prompt. On a CPU parts of the batch run in threads of their own: small
         operations divide badly among cores, whole parts do not."""
-        threads = torch.get_num_threads()
-        workers = min(4, threads) if self.device.type == "cpu" else 1
+        threads, workers = torch.get_num_threads(), 1
+        if self.device.type == "cpu" and threads > 1:  # Python itself runs one thread at a time
+            workers = max((4, 3, 2), key=lambda n: n * (threads // n))
 
         def parallel(work, parts):
             def autocast(part):  # a new thread begins without it

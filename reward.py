@@ -9,7 +9,6 @@ B sequences, T tokens, C channels, N completions.
 
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, length_buckets, pad_rows
-from support.runs import UserError, load_tensors
+from support.runs import UserError
 from support.toy_reviews import grammatical, sentiment
 
 
@@ -47,7 +46,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.body = GPT(config)
+        self.config, self.body = config, GPT(config)
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.score.weight)  # starts indifferent: log 2 under either loss
         nn.init.zeros_(self.score.bias)
@@ -68,21 +67,7 @@ class RewardModel(nn.Module):
         with torch.autocast(idx.device.type, enabled=False):  # a bf16 score would tie rewards
             return self.score(last.float())[:, 0]
 
-    def checkpoint(self) -> dict:
-        return {"config": vars(self.body.config) | {}, "model": self.state_dict()}
-
-    @classmethod
-    def load(cls, path: Path) -> "RewardModel":
-        """The model of a run's model.pt. Raises UserError where the file is no such thing."""
-        saved = load_tensors(path)
-        try:
-            with torch.device("meta"):  # as GPT.load
-                model = cls(GPTConfig(**saved["config"]))
-            model.load_state_dict(saved["model"], assign=True)
-        except (KeyError, TypeError, RuntimeError) as e:
-            raise UserError(f"{path} holds no reward model ({str(e).splitlines()[0]}): delete its "
-                            "folder and run the stage that makes it") from None
-        return model
+    checkpoint, load = GPT.checkpoint, classmethod(GPT.load.__func__)
 
 
 class ModelReward:
@@ -179,11 +164,11 @@ def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng):
     return [label_batch(whole, labels[pick[:batch]]), label_batch(crops, labels[pick[batch:]])]
 
 
-def label_loss(model, micro):
+def label_loss(model, micro_batch):
     """Summed cross-entropy of the labels, and what to log, per sequence."""
-    logits = model(micro["idx"], micro["lengths"])
-    losses = F.binary_cross_entropy_with_logits(logits, micro["labels"], reduction="none")
-    right = (logits.detach() > 0) == (micro["labels"] > 0.5)
+    logits = model(micro_batch["idx"], micro_batch["lengths"])
+    losses = F.binary_cross_entropy_with_logits(logits, micro_batch["labels"], reduction="none")
+    right = (logits.detach() > 0) == (micro_batch["labels"] > 0.5)
     return losses.sum(), dict(loss=losses.detach(), accuracy=right.float())
 
 

@@ -33,42 +33,50 @@ from gpt import GPT, GPTConfig, length_buckets, pad_rows
 from job import Job, matmul_rate, seed_of
 from reward import RewardModel, label_accuracy, label_batches, label_loss
 from support import student
-from support.runs import Run, UserError, file_hash, main_exit, read_json, save_json, write_whole
+from support.runs import (Run, UserError, file_hash, main_exit, read_json, read_rows, save_json,
+                          write_whole)
 from support.settings import (OTHER_LOSSES, SETTINGS_OF, Settings, parse, settings_of, stage_of,
                               user_files)
 
 # ------------------------------------------------------------------------------ the loop
-
 
 class Diverged(UserError):
     """A loss or a gradient that is not finite. Another learning rate may be fine."""
 
 
 def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int], dict | None],
-              evaluation: Callable[[], dict] | None = None, evaluate_every: int = 0) -> None:
+              evaluation: Callable[[], dict] | None = None,
+              evaluate_every: int = 0) -> dict | None:
     """Call step(i) for each i < steps, from the run's last checkpoint on.
 
     parts: name -> what a checkpoint holds, each with state_dict and load_state_dict. step returns a
     row to log, or None. evaluation() is logged every `evaluate_every` steps and after the last; 0
-    gives four evaluations in all. Raises Diverged for a row with a value that is not finite.
+    gives four evaluations in all. Returns the last evaluation. Raises Diverged for a row with a
+    value that is not finite.
     """
+    found = None
     start = saved = run.load_checkpoint(parts, steps)
     saved_at, every = time.monotonic(), evaluate_every or -(-steps // 4)
-    for i in tqdm(range(start, steps), run.folder.name, initial=start, total=steps,
-                  disable=not sys.stderr.isatty(), dynamic_ncols=True):
+    bar = tqdm(range(start, steps), run.folder.name, initial=start, total=steps,
+               disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for i in bar:
         began = time.perf_counter()
         row = step(i)
         if row:
             if not all(math.isfinite(v) for v in row.values() if v is not None):
                 raise Diverged(diverged(run, i, saved))
             row = dict(step=i, seconds=time.perf_counter() - began) | row
+            shown = {k: row[k] for k in ("loss", "reward", "kl") if k in row}
+            bar.set_postfix(shown, refresh=False)
             run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         last = i + 1 == steps
         if evaluation and (last or (i + 1) % every == 0):
-            run.log(dict(step=i, eval=evaluation()))
+            found = evaluation()
+            run.log(dict(step=i, eval=without_texts(found)))
         if last or time.monotonic() - saved_at >= job.cfg.save_secs:
             run.checkpoint(dict(step=i + 1) | {k: p.state_dict() for k, p in parts.items()})
             saved, saved_at = i + 1, time.monotonic()
+    return found or evaluation and evaluation()  # killed after the last step: evaluate again
 
 
 def diverged(run: Run, step: int, saved: int) -> str:
@@ -82,13 +90,14 @@ def diverged(run: Run, step: int, saved: int) -> str:
 
 def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
         schedule="cosine", optimizer="adamw", weight_decay=0.0, grad_clip=1.0, evaluate_every=0,
-        check=None, evaluation=None, unit="targets") -> None:
+        check=None, evaluation=None, unit="targets") -> dict | None:
     """Minimise a loss over `steps` optimizer steps, resuming from the run's last checkpoint.
 
     batches(step) -> (micro-batches, n): dicts of arrays, among them lengths (B,), and the number of
     terms of the whole step, each a `unit`. loss_fn(model, micro_batch) -> (the SUM of the terms,
     what to log: name -> (n,)). The sum over all micro-batches is divided by n once, so gradient
-    accumulation equals one large batch. check(row) may refuse the first row.
+    accumulation equals one large batch. check(row) may refuse the first row. Returns the last
+    evaluation.
     """
     cfg, device = job.cfg, job.device
     opt = make_optimizer(model, optimizer, lr, weight_decay)
@@ -122,7 +131,7 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         row = dict(zip(values, torch.stack([v.to(norm) for v in values.values()]).tolist()))
         if scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
             row["grad_norm"] = None  # fp16: the scaler skips this step, and scales the next less
-        if i == 0 and check:
+        if i == 0 and check and math.isfinite(row["loss"]):
             check(row)
         scaler.step(opt)
         scaler.update()
@@ -134,9 +143,10 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         return row | {"lr": rate, "tokens_per_s": per_s, f"{unit}_per_s": n / seconds,
                       "mfu": step_flops * per_s / peak}
 
-    resumable(job, run, dict(model=model, optimizer=opt, scaler=scaler), steps, step,
-              evaluation and (lambda: evaluation(model)), evaluate_every)
+    found = resumable(job, run, dict(model=model, optimizer=opt, scaler=scaler), steps, step,
+                      evaluation and (lambda: evaluation(model)), evaluate_every)
     model.eval()
+    return found
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -156,10 +166,7 @@ def make_optimizer(model, name: str, lr: float, weight_decay: float) -> torch.op
 
 
 def to_device(micro_batch: dict, device: torch.device) -> dict:
-    tensors = {k: torch.as_tensor(v) for k, v in micro_batch.items()}
-    if device.type != "cuda":
-        return tensors
-    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
+    return {k: torch.as_tensor(v).to(device, non_blocking=True) for k, v in micro_batch.items()}
 
 
 def summary(logs: dict) -> dict:
@@ -167,14 +174,11 @@ def summary(logs: dict) -> dict:
     logs = {k: torch.cat(v).float() for k, v in logs.items()}
     out = {k: v.mean() for k, v in logs.items()}
     if "weight" in logs:
-        q = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=logs["weight"].device)
-        for p, value in zip((5, 25, 50, 75, 95), logs["weight"].quantile(q)):
-            out[f"weight_{p}"] = value
+        out |= {f"weight_{p}": logs["weight"].quantile(p / 100) for p in (5, 25, 50, 75, 95)}
     return out
 
 
 # ------------------------------------------------------------------------------ sft
-
 
 def lm_loss(model, micro_batch):
     """Summed negative log-likelihood in nats of every real token but a row's first."""
@@ -197,7 +201,7 @@ def validation_loss(job: Job, model, windows: int = 1024) -> float:
     return nll / int(lengths.sum())
 
 
-def sft(job: Job, run: Run) -> str:
+def sft(job: Job, run: Run) -> None:
     """Reviews -> π_ref, by the next-token loss on train and unsup."""
     cfg, data, tokens = job.cfg, job.data, job.data.unlabelled()
     dropped = [f"{k[4:]} {n}" for k, n in data.notes.items() if n]
@@ -213,7 +217,12 @@ def sft(job: Job, run: Run) -> str:
         warmup=cfg.sft_warmup, weight_decay=cfg.sft_decay,
         evaluation=lambda model: dict(loss=validation_loss(job, model)))
     job.save_policy(run, model)
-    return f"validation loss {run.metrics()[-1]['eval']['loss']:.3f} nats per token"
+
+
+def report_sft(job: Job) -> None:
+    losses = [row["eval"]["loss"] for row in read_rows(job.folder("sft") / "metrics.jsonl")
+              if "eval" in row]
+    print(f"sft: validation loss {losses[-1]:.3f} nats per token")
 
 
 def chosen(job: Job, run: Run) -> None:
@@ -244,8 +253,7 @@ def chosen(job: Job, run: Run) -> None:
 
 # ------------------------------------------------------------------------------ reward
 
-
-def reward(job: Job, run: Run) -> str:
+def reward(job: Job, run: Run) -> None:
     """Labels -> r* on IMDb: the SFT model's body with a scalar head. On the toy r* is exact."""
     cfg, data = job.cfg, job.data
     model = RewardModel.from_gpt(job.policy("sft"), cfg.reward_ctx, cfg.dropout).to(job.device)
@@ -266,7 +274,6 @@ def reward(job: Job, run: Run) -> str:
                                                               ("crop", cfg.max_new_tokens))}
     save_json(run.path("report.json"), accuracies)
     run.finish(model.checkpoint())
-    return f"accuracy on whole test reviews {accuracies['test_whole']['accuracy']:.3f}"
 
 
 def report_reward(job: Job) -> None:
@@ -276,7 +283,6 @@ def report_reward(job: Job) -> None:
 
 
 # ------------------------------------------------------------------------------ groups
-
 
 CHUNK = 2048  # completions that share a seed, and that a killed run does not draw again
 
@@ -335,7 +341,7 @@ def groups(job: Job, run: Run) -> None:
         held = dict.fromkeys(tuple(groups.prompt_ids[i]) for i in job.split[1])
         held_out = list(map(list, held))[: cfg.eval_prompts]
     else:
-        judge = job.reward  # what is missing for it is missed before hours of sampling
+        judge = job.reward  # first: a missing package fails here, not after hours of sampling
         prompts, _ = data_imdb.sample_prompts(data.tokens["train"], cfg.prompts,
                                               seed_of(cfg, "groups", "prompts"))
         held_out, redrawn = data_imdb.sample_prompts(
@@ -355,8 +361,8 @@ def groups(job: Job, run: Run) -> None:
         optimum = [{k: v for k, v in point.items() if k not in ("rewards", "kls")}
                    for point in curve]
         valid_reward = job.evaluate(reference, reference, valid)["reward"]
-    print(f"  groups: {len(groups.rewards):,} prompts with {groups.K} completions each; left out: "
-          f"{', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
+    print(f"  groups: {len(groups.rewards):,} prompts of {groups.K} completions; left out or drawn "
+          f"again: {', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
     ref_logps = score(job, reference, *groups.flat(range(len(groups.rewards))))
     point = job.evaluate(reference, reference, held_out)
     save_json(run.path("reference.json"), dict(
@@ -368,7 +374,6 @@ def groups(job: Job, run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------ dpo
-
 
 def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train: list[int]):
     """batches(step) for `fit`: dpo_batch groups per step, pass after pass, each reshuffled.
@@ -437,7 +442,7 @@ def preference_loss(cfg: Settings):
 
 def starts_at_reference(cfg: Settings, K: int):
     """check for `fit`: at step 0 π_θ = π_ref, so every margin is 0 and the loss is known."""
-    # two ways of rounding may be this far apart
+    # the same log-prob, computed in batches of different shapes, differs by this much at most
     tolerance = max(1e-5, cfg.beta * (0.005 if cfg.precision == "fp32" else 0.2))
 
     def check(row: dict) -> None:
@@ -474,28 +479,26 @@ def ranked(groups: data_imdb.Groups, train: list[int]) -> list[int]:
 def dpo_stage(job: Job, run: Run) -> None:
     """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
-    if cfg.dpo_module:  # only now: π_ref and the groups are nobody's exercise
+    if cfg.dpo_module:  # only here: π_ref and the groups are made by the original functions
         student.use_module(dpo, cfg.dpo_module)
     if cfg.loss == "plackett-luce":
         train = ranked(groups, train)
-    policy, some, last = job.load_reference(), np.array(held[:HELD_OUT]), {}
+    policy, some = job.load_reference(), np.array(held[:HELD_OUT])
 
     def evaluation(policy) -> dict:
         # π_ref is read again for its KL and then dropped: no training step needs it
         point = evaluate_policy(job, policy, job.load_reference())
         logps = score(job, policy, *groups.flat(some))
-        last.update(point | held_out_measures(logps, ref_logps[some].flatten(),
-                                              torch.from_numpy(groups.rewards[some])))
-        return without_texts(last)
+        return point | held_out_measures(logps, ref_logps[some].flatten(),
+                                         torch.from_numpy(groups.rewards[some]))
 
-    fit(job, run, policy, preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg),
-        steps=cfg.dpo_steps, lr=cfg.dpo_lr, warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule,
-        optimizer=cfg.dpo_optimizer, grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
-        check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
-        unit="groups" if cfg.loss == "plackett-luce" else "pairs")
-    if not last:  # killed after the last step
-        evaluation(policy)
-    finish_method(job, run, policy, last)
+    batches, loss_fn = preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)
+    point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
+                warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
+                grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
+                check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
+                unit="groups" if cfg.loss == "plackett-luce" else "pairs")
+    finish_method(job, run, policy, point)
 
 
 def evaluate_policy(job: Job, policy: GPT, reference: GPT, learned=None) -> dict:
@@ -527,13 +530,12 @@ def finish_method(job: Job, run: Run, policy: GPT, point: dict) -> None:
 
 # ------------------------------------------------------------------------------ the command
 
-
 class Stage(NamedTuple):
-    make: Callable[[Job, Run], str | None]  # what came of it, in a few words
+    make: Callable[[Job, Run], None]
     parents: Callable[[Settings], list[str]]  # the stages it reads; UserError where it cannot run
     final: str = "model.pt"  # its last file, which marks it finished
     report: Callable[[Job], None] | None = None
-    # makes the runs that it compares: their folders' names -> hashes
+    # makes the runs that the stage compares; returns folder name -> hash
     compares: Callable[[Job], dict[str, str]] | None = None
 
 
@@ -550,7 +552,7 @@ def parents_of_groups(cfg: Settings) -> list[str]:
 
 
 STAGES = {
-    "sft": Stage(sft, lambda cfg: []),
+    "sft": Stage(sft, lambda cfg: [], report=report_sft),
     "reward": Stage(reward, lambda cfg: needs(
         cfg.corpus == "toy", "r* of the toy corpus is exact: there is nothing to train; go on with "
         "--stage groups or --stage dpo", ["sft"]), report=report_reward),
@@ -563,37 +565,37 @@ for name in ("dpo", *OTHER_LOSSES):
                          report=functools.partial(report, stage=name))
 
 
-def build(job: Job, stage: str) -> str:
-    """Make a stage and, before it, the parents that are not there; the hash of its last file."""
-    folder, spec = job.folder(stage), STAGES[stage]
-    if folder not in job.hashes:
-        run = open_run(job, stage)
-        print(f"{stage}: {'found in' if run.finished else 'making'} {folder}", flush=True)
-        if not run.finished:
-            began = time.perf_counter()
-            with run:
-                try:
-                    outcome = spec.make(job, run)
-                except torch.OutOfMemoryError:
-                    raise UserError(
-                        f"{stage} does not fit the GPU: give a smaller model or --max-new-tokens, "
-                        "to sft and dpo a higher --sft-accum and --dpo-accum, to a frontier "
-                        "--jobs 1") from None
-            print(f"{stage}: done in {time.perf_counter() - began:.1f} s"
-                  + (f"; {outcome}" if outcome else ""))
-        job.hashes[folder] = file_hash(run.path(spec.final))
-    return job.hashes[folder]
+def build(job: Job, stage: str, is_parent: bool = False) -> str:
+    """Make a stage and, before it, the parents that are not there; the hash of its last file.
 
-
-def open_run(job: Job, stage: str) -> Run:
-    """The stage's run, its parents made. Its identity is its settings and its parents' hashes."""
-    cfg, spec = job.cfg, STAGES[stage]
-    parents = {parent: build(job, parent) for parent in spec.parents(cfg)}
+    A run's identity is its settings and its parents' hashes. A parent just made is reported.
+    """
+    cfg, folder, spec = job.cfg, job.folder(stage), STAGES[stage]
+    if folder in job.hashes:
+        return job.hashes[folder]
+    parents = {parent: build(job, parent, True) for parent in spec.parents(cfg)}
     if spec.compares:
         parents |= spec.compares(job)
     parents |= {"data": job.data.identity} | user_files(cfg, stage)
-    return Run(job.folder(stage), settings_of(cfg, SETTINGS_OF[stage]), parents, spec.final,
-               job.about(stage))
+    run = Run(folder, settings_of(cfg, SETTINGS_OF[stage]), parents, spec.final, job.about(stage))
+    if run.finished:
+        print(f"{stage}: found in {folder}", flush=True)
+    else:
+        print(f"{stage}: making {folder}", flush=True)
+        began = time.perf_counter()
+        with run:
+            try:
+                spec.make(job, run)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{stage} does not fit the GPU: give a smaller model or --max-new-tokens, to "
+                    "sft and dpo a higher --sft-accum and --dpo-accum, to a frontier --jobs 1"
+                    ) from None
+        print(f"{stage}: done in {time.perf_counter() - began:.1f} s", flush=True)
+        if is_parent and spec.report:
+            spec.report(job)
+    job.hashes[folder] = file_hash(run.path(spec.final))
+    return job.hashes[folder]
 
 
 def main(argv=None) -> int:
@@ -602,13 +604,13 @@ def main(argv=None) -> int:
     student.load_weight(cfg.weight, dpo.WEIGHTS)  # what a user gave is read before hours of parents
     if cfg.dpo_module:
         student.own_functions(dpo, cfg.dpo_module)
-    if cfg.groups:
-        file_hash(cfg.groups)
     print(f"preset {preset} ({reason}); stage {stage}", flush=True)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
     try:
+        if cfg.groups:
+            job.groups
         build(job, stage)
         if STAGES[stage].report:
             STAGES[stage].report(job)

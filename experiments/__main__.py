@@ -2,9 +2,9 @@
 
 import sys
 
+import train  # first: it sets an environment variable that torch reads  # isort: skip
 import experiments.lessons
 import experiments.sweep  # noqa: F401  each import adds its stages, ppo and baselines through sweep
-import train
 from support.runs import main_exit
 
 if __name__ == "__main__":

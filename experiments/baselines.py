@@ -21,7 +21,6 @@ from train import STAGES, Stage, fit, needs, parents_of_groups, sample_all
 
 # ------------------------------------------------------------------------------ r_φ
 
-
 def rm(job: Job, run: Run) -> None:
     """Groups -> r_φ by Eq. 2: π_ref's body with a scalar head.
 
@@ -104,7 +103,6 @@ def learned_reward(job: Job) -> ModelReward:
 
 # ------------------------------------------------------------------------------ Best-of-N
 
-
 def best_of_n(job: Job, run: Run) -> None:
     """K samples of π_ref per test prompt, scored by r* and by r_φ: (P, K) each.
 
@@ -149,7 +147,6 @@ def report_best_of_n(job: Job) -> None:
 
 
 # ------------------------------------------------------------------------------ the stages
-
 
 def needs_true_reward(cfg: Settings, stage: str, *parents: str) -> list[str]:
     return needs(bool(cfg.groups), f"--stage {stage} needs r*, and a preference file has none: "

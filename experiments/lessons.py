@@ -24,7 +24,6 @@ from train import HELD_OUT, STAGES, Stage, build, parents_of_groups, score, sequ
 
 # ------------------------------------------------------------------------------ inspect
 
-
 def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
     """Section 4 on held-out pairs of a finished dpo run: which pairs are pushed, and how hard.
 
@@ -98,7 +97,6 @@ def report_inspect(job: Job) -> None:
 
 
 # ------------------------------------------------------------------------------ degenerate
-
 
 # a small β and a rate that does not decay, with which a few hundred steps show the difference
 ABLATION = dict(beta=0.1, dpo_optimizer="adamw", dpo_schedule="constant", dpo_steps=300,

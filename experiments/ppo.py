@@ -13,6 +13,7 @@ B sequences, T tokens, N rollouts.
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -26,12 +27,13 @@ from torch import Tensor
 from dpo import completion_mask
 from evaluate import report
 from experiments.baselines import learned_reward, needs_true_reward
-from gpt import GPT, GPTConfig, length_buckets, pad_rows
+from gpt import GPT, length_buckets, pad_rows
 from job import Job, seed_of
+from reward import RewardModel
 from support.runs import Run, read_json
 from support.settings import Settings
 from train import (STAGES, Stage, evaluate_policy, finish_method, needs, parents_of_groups,
-                   resumable, without_texts)
+                   resumable)
 
 
 class PPOConfig(NamedTuple):
@@ -50,7 +52,6 @@ class PPOConfig(NamedTuple):
 
 
 # ------------------------------------------------------------------------------ the equations
-
 
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor,
                   beta: float) -> Tensor:
@@ -116,16 +117,8 @@ def adaptive_kl_beta(beta: float, kl: float, last_kl: float, target: float) -> f
     return beta * math.exp(GAIN * clip(kl / target - 1) + BRAKE * clip((kl - last_kl) / target))
 
 
-class ValueModel(nn.Module):
-    """V(x, y_<t): a GPT's body with a scalar head at every position."""
-
-    def __init__(self, gpt: GPT):
-        super().__init__()
-        self.body = GPT(GPTConfig(**vars(gpt.config) | {"dropout": 0.0}))
-        self.body.load_state_dict(gpt.state_dict())
-        self.score = nn.Linear(gpt.config.n_embd, 1)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+class ValueModel(RewardModel):
+    """V(x, y_<t): a GPT's body with a scalar head, 0 at first, read at every position."""
 
     def forward(self, idx):
         """idx (B, T) -> (B, T) float32: [b, t] is the value before token t is drawn, computed from
@@ -136,7 +129,6 @@ class ValueModel(nn.Module):
 
 
 # ------------------------------------------------------------------------------ the algorithm
-
 
 LOGGED = "policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "value_grad_norm"
 
@@ -154,7 +146,7 @@ class PPO:
         assert policy is not reference, "π_ref must not change: give the policy a copy"
         self.device = policy.wte.weight.device
         self.policy, self.reference = policy.eval(), reference.eval()
-        self.value = ValueModel(reference).to(self.device).eval()
+        self.value = ValueModel.from_gpt(reference, reference.config.n_ctx).to(self.device).eval()
         self.reward, self.sample, self.eos, self.config = reward, sample, eos, config
         self.autocast, self.batch_size = autocast, batch_size
         self.optimizer = torch.optim.Adam(
@@ -213,7 +205,7 @@ class PPO:
         idx, mask = idx.to(self.device), mask.to(self.device)
         scores = torch.zeros(3, *idx.shape, device=self.device)
         for rows in length_buckets(lengths, self.batch_size):
-            i, m = truncate((idx, mask), rows, lengths)
+            i, m = trim_padding((idx, mask), rows, lengths)
             with self.autocast():  # log π as in training: a ratio must start at 1
                 parts = (self.policy.token_logps(i, m), self.reference.token_logps(i, m),
                          self.value(i) * m)
@@ -241,7 +233,7 @@ class PPO:
         sums = torch.zeros(4, device=self.device)
         # training keeps activations, which take far more memory than sampling
         for rows in length_buckets(lengths[part], max(1, self.batch_size // 8)):
-            idx, mask, old_logps, advantages, returns = truncate(rollouts, part[rows], lengths)
+            idx, mask, old_logps, advantages, returns = trim_padding(rollouts, part[rows], lengths)
             with self.autocast():
                 values = self.value(idx)
                 logps = old_logps if warmup else self.policy.token_logps(idx, mask)
@@ -257,14 +249,13 @@ class PPO:
         return torch.cat([sums / n, torch.stack(norms)])
 
 
-def truncate(tensors, rows: Tensor, lengths: Tensor) -> list[Tensor]:
+def trim_padding(tensors, rows: Tensor, lengths: Tensor) -> list[Tensor]:
     """Those rows of (N, T) tensors, without the padding that only longer ones need."""
     T = int(lengths[rows].max())
     return [x[rows, :T] for x in tensors]
 
 
 # ------------------------------------------------------------------------------ the stages
-
 
 def ppo(job: Job, run: Run) -> None:
     """r_φ -> π_θ by Eq. 3."""
@@ -285,7 +276,7 @@ def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
     """
     cfg, stage = job.cfg, run.about["stage"]
     policy, reference = job.load_reference(), job.load_reference()
-    prompts, point = [job.groups.prompt_ids[i] for i in job.split[0]], {}
+    prompts = [job.groups.prompt_ids[i] for i in job.split[0]]
     config = PPOConfig(steps=cfg.ppo_steps, lr=cfg.ppo_lr, value_lr=cfg.ppo_value_lr,
                        beta=cfg.ppo_beta * sd, target=cfg.ppo_target)
     method = PPO(policy, reference, reward, job.sample, job.data.eot, config, job.autocast,
@@ -294,24 +285,23 @@ def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
     def step(i: int) -> dict:
         seed = seed_of(cfg, f"{stage} {cfg.run_seed}", i)
         picks = np.random.default_rng(seed).choice(len(prompts), cfg.ppo_rollouts)
+        began = time.perf_counter()
         row = method.step(i, [prompts[k] for k in picks], seed)
+        row["seconds"] = time.perf_counter() - began  # without r*, which is only looked at below
         if stage == "ppo" and not cfg.groups:  # r*, which over-optimisation of r_φ lowers
             row["true_reward"] = float(job.reward(*method.last).mean())
         return row
 
     def evaluation() -> dict:
-        point.update(evaluate_policy(job, policy, reference, reward))
-        return without_texts(point)
+        return evaluate_policy(job, policy, reference, reward)
 
-    resumable(job, run, dict(ppo=method), cfg.ppo_steps, step, evaluation, cfg.eval_every)
-    if not point:  # the last evaluation was logged before the process was killed
-        evaluation()
+    point = resumable(job, run, dict(ppo=method), cfg.ppo_steps, step, evaluation, cfg.eval_every)
     finish_method(job, run, policy, point)
 
 
 def no_fp16(cfg: Settings, parents: list[str]) -> list[str]:
-    return needs(cfg.precision == "fp16", "PPO does not train in fp16: give --precision bf16 or "
-                 "fp32", parents)
+    return needs(cfg.precision == "fp16", "PPO does not train in fp16, which is what --precision "
+                 "auto means on an old GPU: give --precision bf16 or fp32 to all stages", parents)
 
 
 STAGES["ppo"] = Stage(ppo, lambda cfg: no_fp16(cfg, ["groups", "rm", *parents_of_groups(cfg)]),

@@ -43,7 +43,6 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
 
 # ------------------------------------------------------------------------------ the plan
 
-
 class Method(NamedTuple):
     stage: str
     rate: str  # the setting that is its learning rate ...
@@ -148,7 +147,7 @@ def evaluations(job: Job, p: Planned) -> list[dict]:
     return found
 
 
-def rates(job: Job) -> list[dict]:
+def tried_rates(job: Job) -> list[dict]:
     """The table of learning rates tried."""
     top = kl_range(job.preset)[1]
     return rate_table({c: share(evaluations(job, p), job.reference_eval, top)
@@ -157,7 +156,6 @@ def rates(job: Job) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------ many runs at once
-
 
 def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) -> dict[str, str]:
     """Make runs whose parents are there, `jobs` at once: folder name -> hash of its last file.
@@ -263,14 +261,13 @@ def make_runs(job: Job) -> dict[str, str]:
 
         make("rm", runs=[p for p in first if p.stage != "ppo"])
         make("best-of-n", runs=[p for p in first if p.stage == "ppo"])  # these need r_φ
-        make(runs=[p for p in finals(cfg, chosen_rates(rates(job))) if p not in first])
+        make(runs=[p for p in finals(cfg, chosen_rates(tried_rates(job))) if p not in first])
     if diverged:
         print(f"  {len(diverged)} runs diverged and are left out: {'; '.join(diverged)}")
     return hashes
 
 
 # ------------------------------------------------------------------------------ frontier.jsonl
-
 
 def frontier(job: Job, run: Run) -> None:
     """All points of the sweep in frontier.jsonl; rates.json says how the rates were chosen."""
@@ -288,7 +285,7 @@ def frontier(job: Job, run: Run) -> None:
 
     lines = [line("sft", "", reference_eval["point"], samples=0,
                   reward_learned=float(state["learned"].mean()))]
-    table = rates(job)
+    table = tried_rates(job)
     plans = [p for p in finals(cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
     for p in plans:
         for point in evaluations(job, p):
@@ -357,6 +354,8 @@ def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
 def report_frontier(job: Job) -> None:
     folder = job.folder("frontier")
     report_rates(read_json(folder / "rates.json"))
+    if job.cfg.corpus == "toy":
+        print("  a β of DPO above the one at which its rate was chosen takes a smaller rate")
     for picture in figures.draw_all(folder / "frontier.jsonl"):
         print(f"picture: {picture}")
 

@@ -27,7 +27,6 @@ from support.runs import main_exit, os_errors, write_whole
 
 # ------------------------------------------------------------------------------ Section 5
 
-
 def class_gap(r1: Tensor, r2: Tensor) -> Tensor:
     """Definition 1 · r ~ r' ⇔ r(x,y) - r'(x,y) = f(x).
 
@@ -116,7 +115,6 @@ def policy_gradient(world: World, beta: float, logp: Tensor, value: Tensor,
 
 
 # ------------------------------------------------------------------------------ the checks
-
 
 def section5_rows(world: World) -> Iterator[Row]:
     ref, r, beta = world.ref, world.r, 0.5

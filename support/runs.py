@@ -51,7 +51,6 @@ def os_errors(verb: str, path: Path | str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------ small files
 
-
 def read_json(path: Path) -> Any:
     """What a stage wrote beside its last file. UserError where that is gone or damaged."""
     with remade(path):
@@ -73,7 +72,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def remade(path: Path) -> Iterator[None]:
-    """A stage's file that is no longer what it was becomes a UserError that says what to do."""
+    """A stage's file that cannot be read becomes a UserError that says what to do."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -84,7 +84,7 @@ class Settings:
     labels: str = opt("dpo", "hard", "who wins a pair: hard, the higher r*; sampled, drawn from "
                       "Eq. 1; soft, Eq. 1's probability as the label", ("hard", "sampled", "soft"))
     label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*")
-    alpha: float = opt("dpo", 0.5, "of --stage unlikelihood (C.3)")
+    alpha: float = opt("dpo", 0.5, "α, the weight of log π(y_l) in --stage unlikelihood (C.3)")
     dpo_batch: int = opt("dpo", 11, "groups per step, of 6 pairs each: near the paper's 64", low=1)
     dpo_accum: int = opt("run", 1, "micro-batches per step of DPO; more of them take less memory",
                          low=1)
@@ -153,7 +153,7 @@ GROUPS = {"data": "data", "model": "model", "sft": "sft: reviews → π_ref",
           "dpo": "dpo, unlikelihood, preferred-ft: groups → π_θ",
           "ppo": "ppo, ppo-gt: r_φ or r* → π_θ", "samples": "best-of-n",
           "frontier": "frontier: every method of Figure 2",
-          "run": "run: where and how, never what"}
+          "run": "run: device, folders, checkpoints; no effect on the result but rounding"}
 BASE = ("data", "model", "sft", "reward", "groups")  # what every method stands on
 DPO = (*BASE, "method", "dpo")
 OTHER_LOSSES = ("unlikelihood", "preferred-ft")  # these stages are dpo with another loss
@@ -205,7 +205,6 @@ def user_files(cfg: Settings, stage: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------ command line
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print every flag before the sentence

@@ -1,7 +1,11 @@
-"""What several test files share: the command line in process, and the smallest chain of stages."""
+"""What several test files share: the command line in process, runs that are stopped, and the
+smallest chain of stages."""
 
 import contextlib
+import gc
 import io
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -9,14 +13,21 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import pytest
 import torch
+import torch._dynamo  # an optimizer's first use imports it, 2 s in each forked child
 
 import experiments.__main__  # noqa: F401  adds the other stages
+import gpt
 import plot_frontier
 import train
-from support.runs import main_exit
+from job import Job
+from support.runs import Run, main_exit, read_json, read_rows
+from support.settings import parse
 
+gc.freeze()  # else each collection walks through the objects of these imports: 10% of all time
 torch.set_num_threads(1)  # bit-for-bit, and a forked child must not miss its threads
 
 # a chain of stages in a second: 0.02M parameters, with dropout so that resuming is put to the test
@@ -81,6 +92,92 @@ def in_child(work) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
+# ------------------------------------------------------------------------------ stopped runs
+
+
+KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
+SENTENCE = "stopped; the same command goes on from the last checkpoint"
+CLOCK = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
+
+
+def stopped(argv, by, kind, name="", n=1) -> str:
+    """Run train.py in a child that sends itself a signal: halfway through the n-th line that it
+    logs, at the n-th token that it samples, halfway through the n-th write of a file ("torn"), or
+    right after that file is in place. Returns what it printed."""
+    calls = itertools.count(1)
+
+    def due(now, path=""):
+        return now == kind and Path(path).name == name and next(calls) == n
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        log, draw, rename = Run.log, gpt.sample_inverse_cdf, os.replace
+
+        def dying_log(run, row):
+            if due("log"):
+                with open(run.path("metrics.jsonl"), "a") as file:
+                    file.write(json.dumps(row)[:40])
+                os.kill(os.getpid(), by)
+            log(run, row)
+
+        def dying_draw(*args):
+            if due("sample"):
+                os.kill(os.getpid(), by)
+            return draw(*args)
+
+        def dying_rename(source, path):
+            if due("torn", path):
+                os.truncate(source, os.path.getsize(source) // 2)
+                os.kill(os.getpid(), by)
+            rename(source, path)
+            if due("after", path):
+                os.kill(os.getpid(), by)
+
+        Run.log, gpt.sample_inverse_cdf, os.replace = dying_log, dying_draw, dying_rename
+        return train_py(argv)
+
+    code, text = in_child(work)
+    assert code == (-KILL if by == KILL else 130), f"{kind} {name} {n} ended with {code}: {text}"
+    return text
+
+
+def stopped_and_finished(argv, *stops):
+    """A run stopped in each of these ways, and the same command at last left alone."""
+    for stop in stops:
+        text = stopped([*argv, "--save-secs", 0], *stop)
+        if stop[0] == CTRL_C:
+            assert text.count(SENTENCE) == 1 and "Traceback" not in text, text
+    result = command(*argv)
+    assert result.code == 0, result.err
+    return result
+
+
+def without_clock(obj):
+    if isinstance(obj, list):
+        return list(map(without_clock, obj))
+    return {k: without_clock(v) for k, v in obj.items() if k not in CLOCK} \
+        if isinstance(obj, dict) else obj
+
+
+def contents(run: Path) -> dict:
+    """Everything that a run has made, but for how long it took."""
+    read = {".json": lambda path: without_clock(read_json(path)), ".png": lambda path: "a picture",
+            ".jsonl": lambda path: without_clock(read_rows(path))}
+    made = {path.name: read.get(path.suffix, Path.read_bytes)(path) for path in run.iterdir()
+            if path.name not in (".lock", "config.json")}
+    return {"metrics.jsonl": []} | made
+
+
+def same(run: Path, other: Path) -> None:
+    a, b = contents(run), contents(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], f"{name} of {run.name} differs from that of a run never stopped"
+
+
+# ------------------------------------------------------------------------------ the smallest chain
+
+
 def folder(out: Path, stage: str) -> Path:
     """The only folder of a stage under --out, whatever its suffix and preset."""
     found = [f for f in out.glob(f"*/{stage}*") if f.name == stage or f.name[len(stage)] == "-"
@@ -113,3 +210,10 @@ def copied(chain, tmp_path):
         return out
 
     return copy
+
+
+@pytest.fixture
+def job(chain) -> Job:
+    argv = [*TINY, "--out", str(chain.out), "--data", str(chain.data)]
+    _, preset, _, cfg = parse(argv, False)
+    return Job(preset, cfg, argv)

@@ -1,96 +1,27 @@
 """Laws of experiments/baselines.py: the learned reward and Best-of-N, as formulas and as stages."""
 
-import io
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, folder, in_child, train_py
+from conftest import KILL, TINY, command, folder, same, stopped_and_finished
 
 import dpo
 from evaluate import pairwise_accuracy, rank_correlation, standard_error
 from experiments.baselines import best_of_kl, expected_best, pair_batches, score_groups
 from job import Job
 from reward import ModelReward, RewardModel
-from support import runs
-from support.runs import Run, load_tensors, save_tensors
+from support.runs import load_tensors, save_tensors
 from support.settings import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 FEW = [*TINY, "--best-of", "8"]
-
-
-# ------------------------------------------------------------------------------ killed runs
-
-
-def killed(argv, at: str, n: int):
-    """The command in a process that dies after its n-th row is logged (at "log"), or halfway
-    through writing a file of the name `at` for the n-th time."""
-    def work():
-        log, write, count = Run.log, runs.write_whole, itertools.count(1)
-
-        def dying_log(self, row):
-            log(self, row)
-            if next(count) == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def dying_write(path, fill):
-            if Path(path).name != at or next(count) < n:
-                return write(path, fill)
-            whole = io.BytesIO()
-            fill(whole)
-
-            def half(file):
-                file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            write(path, half)
-
-        if at == "log":
-            Run.log = dying_log
-        else:
-            runs.write_whole = dying_write
-        return train_py([*argv, "--save-secs", 0])
-
-    code, text = in_child(work)
-    assert code == -signal.SIGKILL, f"was to die at {at} {n}, ended with {code}: {text}"
-
-
-def contents(run: Path) -> dict:
-    """What a run has made, but for how long it took."""
-    def timeless(obj):
-        return {k: timeless(v) for k, v in obj.items() if k != "seconds" and k != "mfu"
-                and not k.endswith("_per_s")} if isinstance(obj, dict) else obj
-
-    made = {"metrics.jsonl": []}
-    for path in run.iterdir():
-        if path.suffix in (".json", ".jsonl") and path.name != "config.json":
-            made[path.name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.name not in (".lock", "config.json"):
-            made[path.name] = path.read_bytes()
-    return made
-
-
-def check_resume(argv, stage: str, out: Path, whole: Path, deaths):
-    """Killed at each of `deaths`, then finished, the stage is the one that was never stopped."""
-    argv = ["--stage", stage, *argv, "--out", out]
-    for at, n in deaths:
-        killed(argv, at, n)
-    result = command(*argv)
-    assert result.code == 0, result.err
-    made, want = contents(folder(out, stage)), contents(folder(whole, stage))
-    assert made.keys() == want.keys()
-    for name in want:
-        assert made[name] == want[name], f"{name} differs"
 
 
 # ------------------------------------------------------------------------------ the stages
@@ -188,14 +119,16 @@ def test_the_reward_model_reads_the_end_that_r_star_leaves_out(job, compared):
         assert (ended == truncated) != learned, "an end is part of a completion, not of a review"
 
 
-@pytest.mark.parametrize("stage, deaths", [
-    ("rm", [("log", 1), ("log", 4), ("best.pt", 1), ("resume.pt", 2), ("model.pt", 1)]),
-    ("best-of-n", [("resume.pt", 1), ("samples.pt", 1)])])
-def test_a_killed_run_resumes_bit_for_bit(chain, copied, compared, stage, deaths):
+@pytest.mark.parametrize("stage, stops", [
+    ("rm", [(KILL, "log"), (KILL, "log", "", 4), (KILL, "torn", "best.pt"),
+            (KILL, "torn", "resume.pt", 2), (KILL, "torn", "model.pt")]),
+    ("best-of-n", [(KILL, "torn", "resume.pt"), (KILL, "torn", "samples.pt")])])
+def test_a_killed_run_resumes_bit_for_bit(chain, copied, compared, stage, stops):
     out = copied("sft", "groups")
     if stage == "best-of-n":
         shutil.copytree(folder(compared, "rm"), out / "toy" / folder(compared, "rm").name)
-    check_resume([*FEW, "--data", chain.data], stage, out, compared, deaths)
+    stopped_and_finished([*FEW, "--stage", stage, "--data", chain.data, "--out", out], *stops)
+    same(folder(out, stage), folder(compared, stage))
 
 
 # ------------------------------------------------------------------------------ Best-of-N

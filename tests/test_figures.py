@@ -10,7 +10,6 @@ from test_plot_frontier import (GRID, START, P, assert_nothing_is_cut_off, best_
 
 from experiments.figures import (degeneration, dial, draw_all, inspection, main, overoptimisation,
                                  temperature)
-from support.runs import main_exit
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +122,3 @@ def test_one_command_draws_all_that_the_points_allow(tmp_path, capsys, monkeypat
         assert out == table_md + "\n" + "".join(f"{p}\n" for p in pictures)
         assert set(path.parent.iterdir()) == {path, path.parent / "table.md", *pictures}
     assert draw_all(path) == pictures, "the file itself will do in place of its folder"
-
-
-@pytest.mark.parametrize("lines, words", [
-    (None, "there is no"), ([b"{"], "holds no point"), (world()[1:], "no point of sft"),
-    (world()[:1], "cannot write")])
-def test_what_cannot_be_drawn_or_written_is_one_sentence(tmp_path, capsys, lines, words):
-    if lines is not None:
-        write_points(tmp_path, lines)
-    (tmp_path / "table.md").mkdir()
-    before = sorted(tmp_path.iterdir())
-    assert main_exit(lambda: main([str(tmp_path)])) == 2
-    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("skipped")]
-    assert len(said) == 1 and words in said[0]
-    assert sorted(tmp_path.iterdir()) == before, "nothing is lost, and nothing half drawn"

@@ -13,7 +13,7 @@ import data_imdb
 import gpt
 from gpt import GPT, GPTConfig, HeadLogps, length_buckets, pad_rows, sample_inverse_cdf
 from support import hf_gpt2
-from support.runs import main_exit, save_tensors
+from support.runs import UserError, main_exit, save_tensors
 
 SIZE = dict(vocab_size=61, n_ctx=24, n_layer=2, n_head=2, n_embd=16)
 
@@ -450,6 +450,17 @@ def test_load_gives_back_the_checkpoint(tmp_path):
     assert GPT.load(tmp_path / "model.pt", dropout=0.1).config.dropout == 0.1
 
 
+@pytest.mark.parametrize("change", [
+    lambda c: [1], lambda c: {}, lambda c: c | {"config": None},
+    lambda c: c | {"config": c["config"] | {"rope": 1}},
+    lambda c: c | {"config": c["config"] | {"n_embd": 32}},
+    lambda c: c | {"model": {"body": c["model"]["wte.weight"]}}])
+def test_load_refuses_what_is_no_checkpoint_of_ours(tmp_path, change):
+    save_tensors(tmp_path / "model.pt", change(tiny(dtype=torch.float32).checkpoint()))
+    with pytest.raises(UserError, match="model.pt holds no GPT of this code"):
+        GPT.load(tmp_path / "model.pt")
+
+
 @pytest.fixture(scope="session")
 def encoding():
     return data_imdb.train_bpe(["This movie was a joy.", "I loved this movie!"] * 5, 270)
@@ -488,38 +499,3 @@ def test_main_samples_from_a_hugging_face_folder(run, capsys):
     (run / "model.pt").unlink()
     code, out, _ = gpt_py(capsys, "--checkpoint", run, "-n", 2, "--max-new-tokens", 3)
     assert code == 0 and out.count("The|") == 2
-
-
-def holding(change):
-    """model.pt with what change(the checkpoint of another model) gives."""
-    def break_it(run):
-        save_tensors(run / "model.pt", change(tiny(dtype=torch.float32).checkpoint()))
-    return break_it
-
-
-def torn(run):
-    path = run / "model.pt"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-FOREIGN = "holds no GPT of this code"
-
-
-@pytest.mark.parametrize("break_it, argv, word", [
-    (None, ["--prompt", "movie " * 60], "the model's context is 24"),
-    (None, ["-n", 0], "-n"), (None, ["--max-new-tokens", 0], "--max-new-tokens"),
-    (None, ["--top-p", 0], "--top-p"), (None, ["--temperature", -1], "--temperature"),
-    (None, ["--temperature", "nan"], "--temperature"),
-    (None, ["--checkpoint", "nowhere"], "nowhere holds no finished model: run  python train.py"),
-    (torn, [], "model.pt is truncated"), (holding(lambda c: c), [], "61 tokens, its tokenizer"),
-    (holding(lambda c: [1]), [], FOREIGN), (holding(lambda c: {}), [], FOREIGN),
-    (holding(lambda c: c | {"config": None}), [], FOREIGN),
-    (holding(lambda c: c | {"config": c["config"] | {"rope": 1}}), [], FOREIGN),
-    (holding(lambda c: c | {"config": c["config"] | {"n_embd": 32}}), [], FOREIGN),
-    (holding(lambda c: c | {"model": {"body": c["model"]["wte.weight"]}}), [], FOREIGN)])
-def test_user_errors_are_one_sentence(run, capsys, break_it, argv, word):
-    if break_it:
-        break_it(run)
-    code, out, err = gpt_py(capsys, "--checkpoint", run, *argv)
-    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: "), err
-    assert word in err

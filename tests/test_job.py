@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, folder
+from conftest import folder
 
 import data_imdb
 from evaluate import evaluate
@@ -17,7 +17,7 @@ from job import Job, matmul_rate, seed_of
 from reward import ToyReward
 from support import hf_gpt2
 from support.runs import Run, UserError
-from support.settings import PRESETS, parse
+from support.settings import PRESETS
 
 V, EOT = 30, 29
 PROMPTS = [[EOT, *range(i % 5 + 1)] for i in range(13)]
@@ -28,12 +28,6 @@ def three_threads():
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def job(chain):
-    _, preset, _, cfg = parse([*TINY, "--out", str(chain.out), "--data", str(chain.data)], False)
-    return Job(preset, cfg, [])
 
 
 def sampler(**changes):

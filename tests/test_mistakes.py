@@ -33,11 +33,13 @@ from test_reward import save_roberta
 import dpo
 import gpt
 import plot_frontier
+from experiments import figures
 from gpt import GPT, GPTConfig
 from support import hf_gpt2
 from support.runs import main_exit
 
-PROGRAMS = {"gpt.py": gpt.main, "plot_frontier.py": plot_frontier.main}
+PROGRAMS = {"gpt.py": gpt.main, "plot_frontier.py": plot_frontier.main,
+            "experiments.figures": figures.main}
 FINAL = dict(sft="model.pt", groups="ref_logps.pt", dpo="model.pt")  # each stage's last file
 BEGUN = {".lock", "config.json", "metrics.jsonl"}  # of a run without a checkpoint
 
@@ -191,9 +193,8 @@ def no_network(here):
 
 
 def judge(**kwargs):
-    """The folder of a tiny judge for --siebert-path, and no network to look elsewhere."""
+    """The folder of a tiny judge for --siebert-path."""
     def step(here):
-        here.patch.setenv("HF_HUB_OFFLINE", "1")
         Path("judge").mkdir()
         save_roberta(Path("judge"), **kwargs)
     return step
@@ -432,7 +433,8 @@ MISTAKES = {
     "a prompt past the context": at_once(f"gpt.py --checkpoint {{sft}} --prompt '{'film ' * 60}'",
                                          "the model's context is 48", "shorten it"),
     **{f"gpt.py {flag}": at_once(f"gpt.py --checkpoint {{sft}} {flag}", flag.split()[0])
-       for flag in ("-n 0", "--max-new-tokens 0", "--top-p 0", "--temperature -1")},
+       for flag in ("-n 0", "--max-new-tokens 0", "--top-p 0", "--temperature -1",
+                    "--temperature nan")},
     "a tokenizer of another model": at_once("gpt.py --checkpoint {sft}", "300 tokens", "bpe.tiktok",
                                             given=model("sft/model.pt", vocab=300)),
 
@@ -442,13 +444,26 @@ MISTAKES = {
                                  given=write("f/frontier.jsonl", [])),
     "a frontier without π_ref": at_once("plot_frontier.py f", "no point of sft", given=write(
         "f/frontier.jsonl", [frontier_point("dpo", "beta=1", 1.0, 0.7)])),
+    "a frontier in which no line is a point": at_once(
+        "plot_frontier.py f", "holds no point", "delete it", given=write(
+            "f/frontier.jsonl", ["{", "3"])),
     "curves of no dpo run": at_once("plot_frontier.py {sft}", "holds no run of dpo"),
+    "curves of an empty run": at_once("plot_frontier.py f", "holds no run of dpo",
+                                      given=write("f/metrics.jsonl", "")),
     "curves without their groups": at_once("plot_frontier.py {dpo} --groups nowhere", "cannot read",
                                            "nowhere/reference.json"),
     "a picture that cannot be written": at_once(
         "plot_frontier.py f", "cannot write f/frontier.png", given=(
             write("f/frontier.jsonl", [frontier_point("sft")]),
             lambda here: Path("f/frontier.png").mkdir())),
+
+    # ---- python -m experiments.figures
+    "figures without π_ref": at_once("experiments.figures f", "no point of sft", given=write(
+        "f/frontier.jsonl", [frontier_point("dpo", "beta=1", 1.0, 0.7)])),
+    "a table that cannot be written": at_once(
+        "experiments.figures f", "cannot write f/table.md", given=(
+            write("f/frontier.jsonl", [frontier_point("sft")]),
+            lambda here: Path("f/table.md").mkdir())),
 }
 
 

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 import plot_frontier
 from plot_frontier import (STYLES, caption, envelope, frontier, main, read_points, reliable_optimum,
                            save_figure, smooth, training_curves)
-from support.runs import UserError, main_exit
 
 # ------------------------------------------------------------------------------ a synthetic world
 
@@ -417,29 +416,6 @@ def test_main_draws_a_file_a_folder_or_the_curves_of_a_dpo_run(tmp_path, capsys,
     run, reference_json = write_run(tmp_path, 3)
     main([str(run), "--groups", str(reference_json.parent)])
     assert capsys.readouterr().out == f"{run / 'curves.png'}\n"
-
-
-@pytest.mark.parametrize("files, words", [
-    ({}, "there is no"), ({"frontier.jsonl": ""}, "holds no point"),
-    ({"frontier.jsonl": "{\n3\n"}, "holds no point"),
-    ({"frontier.jsonl": json.dumps(frontier_point("dpo", "beta=1", 1.0, 0.7))}, "no point of sft"),
-    ({"metrics.jsonl": ""}, "holds no run of dpo"),
-    ({"metrics.jsonl": '{"step": 0, "loss": 3.0}\n'}, "holds no run of dpo"),
-    ({"metrics.jsonl": json.dumps(step_row(0, 1)) + "\n"}, "reference.json")])
-def test_what_cannot_be_drawn_is_one_sentence(tmp_path, capsys, files, words):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert main_exit(lambda: main([str(tmp_path), "--groups", str(tmp_path)])) == 2
-    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("skipped")]
-    assert len(said) == 1 and words in said[0]
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == files, "nothing lost, nothing new"
-
-
-def test_a_picture_that_cannot_be_written_is_a_users_error(tmp_path):
-    (tmp_path / "frontier.png").mkdir()
-    with pytest.raises(UserError, match="cannot write .*frontier.png"):
-        save_figure(Figure(), tmp_path / "frontier.png")
-    assert not list(tmp_path.glob(".*.tmp")), "a temporary file was left behind"
 
 
 def test_it_needs_neither_torch_nor_a_window(tmp_path):

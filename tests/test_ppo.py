@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, folder
-from test_baselines import check_resume
+from conftest import KILL, TINY, command, folder, same, stopped_and_finished
 
 import dpo
 from experiments.ppo import (PPO, PPOConfig, ValueModel, adaptive_kl_beta, clipped_objective, gae,
@@ -226,7 +225,7 @@ def test_the_controlled_beta_is_the_one_that_training_uses():
 # ------------------------------------------------------------------------------ the networks
 
 def test_the_value_network_reads_no_future_and_all_of_the_past():
-    model = ValueModel(tiny(0))
+    model = ValueModel.from_gpt(tiny(0), 8)
     assert not model(torch.tensor([[0, 1, 2]])).any(), "its head must start at 0"
     torch.nn.init.normal_(model.score.weight)
     idx = torch.tensor([[0, 1, 2, 0, 1, 3]])
@@ -242,7 +241,7 @@ def test_the_value_network_reads_no_future_and_all_of_the_past():
 
 def test_values_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        assert ValueModel(tiny(0))(torch.tensor([[0, 1, 2]])).dtype == torch.float32
+        assert ValueModel.from_gpt(tiny(0), 8)(torch.tensor([[0, 1, 2]])).dtype == torch.float32
 
 
 def test_during_warm_up_only_the_value_network_learns():
@@ -505,5 +504,8 @@ def test_ppo_logs_its_reward_apart_from_the_true_one(finished, stage):
 
 
 def test_a_killed_run_resumes_bit_for_bit(chain, copied, finished):
-    check_resume([*TINY, "--data", chain.data], "ppo-gt", copied("sft", "groups"), finished,
-                 [("log", 1), ("log", 2), ("resume.pt", 2), ("model.pt", 1)])
+    out = copied("sft", "groups")
+    stopped_and_finished(
+        [*TINY, "--stage", "ppo-gt", "--data", chain.data, "--out", out], (KILL, "log"),
+        (KILL, "log", "", 2), (KILL, "torn", "resume.pt", 2), (KILL, "torn", "model.pt"))
+    same(folder(out, "ppo-gt"), folder(finished, "ppo-gt"))

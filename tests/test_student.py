@@ -51,11 +51,9 @@ def test_a_weight_of_true_and_false_is_one_of_1_and_0(write):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("1.0", r"margin's shape \(3,\), got float"),
     ("margin.mean()", r"margin's shape \(3,\), got \(\)"),
     ("margin[:, None]", r"margin's shape \(3,\), got \(3, 1\)"),
     ("None", r"got NoneType"),
-    ("(margin - 1).log()", r"got nan at margin -2"),
     ("1 / margin", r"got inf at margin 0"),
 ])
 def test_a_weight_with_a_wrong_result_is_named_with_its_file_and_line(write, body, message):
@@ -66,24 +64,10 @@ def test_a_weight_with_a_wrong_result_is_named_with_its_file_and_line(write, bod
     assert str(error.value).startswith(f"{path}:4 (mine)"), error.value
 
 
-@pytest.mark.parametrize("code, message", [
-    ("def yours(margin, beta): pass", "defines no function 'mine'"),
-    ("mine = 3", "defines no function 'mine'"),
-    ("def mine(margin): return margin", r"mine.py:1 \(mine\) must take \(margin, beta\)"),
-    ("def mine(:", "cannot import .*SyntaxError"),
-    ("import no_such_thing", "cannot import .*no_such_thing"),
-])
-def test_a_weight_that_cannot_be_loaded_says_why(write, code, message):
-    with pytest.raises(UserError, match=message):
-        load_weight(f"{write(code)}:mine", WEIGHTS)
-
-
-def test_an_unknown_weight_lists_the_known_ones(tmp_path):
+def test_an_unknown_weight_lists_the_known_ones():
     for spec in ("sigmoidal", "", "weights.py", "sigmoid:"):
         with pytest.raises(UserError, match="unknown weight.*sigmoid, constant.*file.py:function"):
             load_weight(spec, WEIGHTS)
-    with pytest.raises(UserError, match="cannot import .*No such file"):
-        load_weight(f"{tmp_path / 'gone.py'}:mine", WEIGHTS)
 
 
 # --- Functions that replace the core's ---
@@ -106,11 +90,9 @@ def test_only_functions_written_in_the_student_s_file_count(core, write):
 
 
 @pytest.mark.parametrize("code, message", [
-    ("def other(x): pass", "defines no function of core.py"),
     ("loss = 3", "defines no function of core.py"),
     ("def main(): pass", "defines no function of core.py"),
     ("\ndef loss(beta, x): pass", r"mine.py:2: loss must take \(x, beta\), it takes \(beta, x\)"),
-    ("def loss(:", "cannot import .*SyntaxError"),
     ("1 / 0", "cannot import .*ZeroDivisionError"),
 ])
 def test_a_file_that_cannot_replace_anything_says_why(core, write, code, message):

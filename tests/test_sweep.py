@@ -20,8 +20,8 @@ from conftest import TINY, command, folder, in_child, refused
 from experiments import sweep
 from experiments.baselines import best_of_kl
 from experiments.rates import chosen_rates
-from experiments.sweep import (evaluations, finals, finished, make_runs, methods_of, rates,
-                               run_parallel, tried)
+from experiments.sweep import (evaluations, finals, finished, make_runs, methods_of,
+                               run_parallel, tried, tried_rates)
 from job import Job
 from plot_frontier import KEYS, read_points
 from support.runs import UserError
@@ -157,7 +157,7 @@ def test_points_come_at_regular_steps_and_costs_only_grow(points):
 
 def test_a_rate_is_the_best_of_those_tried_on_validation_prompts(chain, swept, few):
     job = job_of(swept, chain.data)
-    table = rates(job)
+    table = tried_rates(job)
     assert table == json.loads((folder(swept, "frontier") / "rates.json").read_text())
     for method in few_methods(job.cfg):
         rows = [row for row in table if row["method"] == method]
@@ -172,8 +172,9 @@ def test_temperatures_are_those_of_the_best_policy_per_method_on_validation_prom
     job = job_of(swept, chain.data)
     cold = {(p["method"], p["temperature"]): p for p in points if p["temperature"] != 1}
     assert len(cold) == sum(p["temperature"] != 1 for p in points) == 5 * 4
+    table = tried_rates(job)
     for method in ("dpo", "ppo", "preferred-ft"):
-        best = max((p for p in finals(job.cfg, chosen_rates(rates(job))) if p.method == method),
+        best = max((p for p in finals(job.cfg, chosen_rates(table)) if p.method == method),
                    key=lambda p: evaluations(job, p)[-1]["valid_reward"])
         for t in (0, 0.25, 0.5, 0.75):
             p = cold[method, t]
@@ -307,7 +308,7 @@ def test_runs_that_diverge_are_left_out_and_named(job, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "2 runs diverged and are left out: unlikelihood alpha=0.5" in text
     assert "unlikelihood alpha=1e+39" in text and "5 of 5 runs" in text
-    assert [(row["share"] is None, row["chosen"]) for row in rates(job)] == [(0, 1), (1, 0)]
+    assert [(row["share"] is None, row["chosen"]) for row in tried_rates(job)] == [(0, 1), (1, 0)]
 
 
 def test_a_reward_model_that_diverges_ends_the_sweep(chain, copied):

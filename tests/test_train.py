@@ -9,23 +9,23 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, folder, in_child, refused, train_py
+from conftest import (CLOCK, CTRL_C, KILL, SENTENCE, TINY, command, folder, in_child, refused,
+                      same, stopped, stopped_and_finished, without_clock)
 
 import data_imdb
 import dpo
-import gpt
 import train
 from data_imdb import Groups, Tokens
 from gpt import GPT, GPTConfig, pad_rows
@@ -33,14 +33,13 @@ from job import Job
 from reward import ToyReward
 from support import hf_gpt2, toy_reviews
 from support.runs import Run, UserError, file_hash, load_tensors, read_json, read_rows
-from support.settings import OTHER_LOSSES, Settings, parse, settings_of
+from support.settings import OTHER_LOSSES, Settings, settings_of
 from train import lm_loss, preference_batches, score, starts_at_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 V, N_CTX, EOT = 20, 24, 19
 CFG = replace(Settings(), device="cpu", precision="fp32", n_ctx=N_CTX, save_secs=math.inf,
               dpo_batch=7, beta=0.5)
-CLOCK = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
 
 
 def make_model(dropout=0.0, seed=0, dtype=torch.float32):
@@ -111,13 +110,6 @@ def stops_at(step):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def without_clock(obj):
-    if isinstance(obj, list):
-        return list(map(without_clock, obj))
-    return {k: without_clock(v) for k, v in obj.items() if k not in CLOCK} \
-        if isinstance(obj, dict) else obj
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -499,13 +491,6 @@ def test_scores_are_rounded_as_in_training(precision):
 # ------------------------------------------------------------------------------ the stages
 
 
-@pytest.fixture
-def job(chain):
-    argv = [*TINY, "--out", str(chain.out), "--data", str(chain.data)]
-    _, preset, _, cfg = parse(argv, False)
-    return Job(preset, cfg, argv)
-
-
 def made(job, path, stage, groups=None, **settings):
     """The policy of a stage made in `path`, from the job's parents, with other settings."""
     job = job.beside(replace(job.cfg, **settings))
@@ -713,83 +698,7 @@ def test_what_is_finished_is_found_and_nothing_is_written(chain):
     assert re.findall(r"^(\w+): making", chain.text, re.M) == ["sft", "groups", "dpo"]
 
 
-def contents(run: Path) -> dict:
-    """Everything that a run has made, but for how long it took."""
-    made = {"metrics.jsonl": []}
-    for path in run.iterdir():
-        if path.name == "metrics.jsonl":
-            made[path.name] = without_clock(read_rows(path))
-        elif path.name in ("result.json", "reference.json", "report.json"):
-            made[path.name] = without_clock(read_json(path))
-        elif path.name not in (".lock", "config.json", "curves.png"):
-            made[path.name] = path.read_bytes()
-    return made
-
-
-def same(run: Path, other: Path) -> None:
-    a, b = contents(run), contents(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name] == b[name], f"{name} of {run.name} differs from that of a run never stopped"
-
-
 # ------------------------------------------------------------------------------ killed, Ctrl-C
-
-
-KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
-SENTENCE = "stopped; the same command goes on from the last checkpoint"
-
-
-def stopped(argv, by, kind, name="", n=1) -> str:
-    """Run train.py in a child that sends itself a signal: halfway through the n-th line that it
-    logs, at the n-th token that it samples, halfway through the n-th write of a file ("torn"), or
-    right after that file is in place. Returns what it printed."""
-    calls = itertools.count(1)
-
-    def due(now, path=""):
-        return now == kind and Path(path).name == name and next(calls) == n
-
-    def work():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-        log, draw, rename = Run.log, gpt.sample_inverse_cdf, os.replace
-
-        def dying_log(run, row):
-            if due("log"):
-                with open(run.path("metrics.jsonl"), "a") as file:
-                    file.write(json.dumps(row)[:40])
-                os.kill(os.getpid(), by)
-            log(run, row)
-
-        def dying_draw(*args):
-            if due("sample"):
-                os.kill(os.getpid(), by)
-            return draw(*args)
-
-        def dying_rename(source, path):
-            if due("torn", path):
-                os.truncate(source, os.path.getsize(source) // 2)
-                os.kill(os.getpid(), by)
-            rename(source, path)
-            if due("after", path):
-                os.kill(os.getpid(), by)
-
-        Run.log, gpt.sample_inverse_cdf, os.replace = dying_log, dying_draw, dying_rename
-        return train_py(argv)
-
-    code, text = in_child(work)
-    assert code == (-KILL if by == KILL else 130), f"{kind} {name} {n} ended with {code}: {text}"
-    return text
-
-
-def stopped_and_finished(argv, *stops):
-    """A run stopped in each of these ways, and the same command at last left alone."""
-    for stop in stops:
-        text = stopped([*argv, "--save-secs", 0], *stop)
-        if stop[0] == CTRL_C:
-            assert text.count(SENTENCE) == 1 and "Traceback" not in text, text
-    result = command(*argv)
-    assert result.code == 0, result.err
-    return result
 
 
 def test_stopped_while_the_corpus_is_built_and_in_sft(chain, tmp_path):
@@ -830,49 +739,56 @@ def test_stopped_in_dpo(chain, copied):
     assert command(*argv).code == 0, "finished, and its table cannot be printed"
 
 
-def train_py_itself(*argv, **options):
-    return subprocess.run(
-        [sys.executable, train.__file__, *map(str, argv)], text=True, capture_output=True,
-        timeout=300, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
-
-
 DIES = """
 import os, signal
 calls = []
 
 def weight(margin, beta):
     calls.append(0)
-    name, n = os.environ.get("DIES", "SIGKILL 0").split()
-    if len(calls) == int(n):
-        os.kill(os.getpid(), getattr(signal, name))
+    if len(calls) == int(os.environ.get("DIES", 0)):
+        os.kill(os.getpid(), signal.SIGINT)
     return (-margin).sigmoid()
 """
 
 
-def test_the_real_command_killed_and_interrupted(chain, copied, tmp_path):
-    """Stopped in the middle of a step by the --weight that it runs."""
+@pytest.fixture
+def strangers(tmp_path):
+    """A working folder whose files have the names of modules; none of them may be imported."""
+    (tmp_path / "cwd").mkdir()
+    for name in "gpt", "experiments", "json":
+        (tmp_path / f"cwd/{name}.py").write_text("raise SystemExit('a stranger was imported')")
+    yield tmp_path / "cwd"
+    assert len(list((tmp_path / "cwd").iterdir())) == 3, "a file that nobody asked for"
+
+
+def test_the_real_command_interrupted_from_any_folder(chain, copied, tmp_path, strangers):
+    """Ctrl-C in the middle of a step, by the --weight that it runs."""
     (tmp_path / "w.py").write_text(DIES)
     argv = [*TINY, "--weight", f"{tmp_path / 'w.py'}:weight", "--data", chain.data, "--out"]
     out = copied("sft", "groups")
     shutil.copytree(out, tmp_path / "whole")
-    killed, interrupted = (train_py_itself(*argv, out, "--save-secs", 0, cwd=tmp_path,
-                                           env={**os.environ, "DIES": dies})
-                           for dies in ("SIGKILL 8", "SIGINT 5"))
-    assert killed.returncode == -KILL, killed.stderr
-    assert interrupted.returncode == 130 and interrupted.stderr.strip() == SENTENCE
-    assert "going on at step 2 of 6" in interrupted.stdout and "found in" in interrupted.stdout
-    assert command(*argv, out).code == command(*argv, tmp_path / "whole").code == 0
+    result = subprocess.run(
+        [sys.executable, train.__file__, *map(str, argv), out, "--save-secs", "0"], cwd=strangers,
+        env={**os.environ, "DIES": "5"}, text=True, capture_output=True, timeout=300,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert result.returncode == 130 and result.stderr.strip() == SENTENCE, result.stderr
+    assert result.stdout.count("found in") == 2
+    resumed = command(*argv, out)
+    assert "going on at step" in resumed.out and command(*argv, tmp_path / "whole").code == 0
     same(folder(out, "dpo"), folder(tmp_path / "whole", "dpo"))
 
 
-def test_a_stage_of_experiments_is_handed_over_from_any_folder(tmp_path):
-    """PPO's own refusal, which comes before any work; no file of the working folder is imported."""
-    for name in "gpt", "experiments", "json":
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was imported')")
-    result = train_py_itself("--stage", "ppo", "--precision", "fp16", cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert re.fullmatch("error: .*fp16.*\n", result.stderr), result.stderr
-    assert {f.name for f in tmp_path.iterdir()} == {"gpt.py", "experiments.py", "json.py"}
+def test_a_stage_of_experiments_is_handed_over_from_any_folder(strangers, monkeypatch):
+    """PPO's own refusal, which comes before any work. The command starts in a fork, which has
+    torch already, and replaces itself by `python -m experiments`."""
+    def work():
+        os.chdir(strangers)
+        monkeypatch.setattr(sys, "argv", [train.__file__, "--stage", "ppo", "--precision", "fp16"])
+        runpy.run_path(train.__file__, run_name="__main__")
+
+    code, text = in_child(work)
+    assert code == 2 and re.search("^error: .*fp16.*$", text, re.M), text
+    assert "Traceback" not in text and "stranger" not in text, text
 
 
 # ------------------------------------------------------------------------------ others' pairs
