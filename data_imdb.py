@@ -1,11 +1,11 @@
 """Text to tokens to prompts to preference groups; the only file that touches corpus or tokenizer.
 
     read_imdb, read_toy -> reviews; train_bpe, gpt2_encoding -> an encoding; load -> both, as Tokens
-    Tokens -> windows, lm_batches: batches of a language model
+    Tokens -> lm_batches: batches of a language model
     Tokens -> sample_prompts -> (sampling and r*, elsewhere) -> gather_groups -> Groups
     Groups <-> groups.jsonl (read_groups, write_groups); split_prompts: training and held-out ones
 
-Knows nothing of models, losses or training; imports torch only to download.
+Imports torch only to download.
 Legend: B sequences, T tokens, V vocabulary, P prompts, K completions per prompt, N reviews.
 """
 
@@ -33,7 +33,8 @@ import tiktoken
 
 from support import toy_reviews
 from support.preference_files import parse_preference, want
-from support.runs import UserError, file_hash, json_hash, main_exit, os_errors, write_whole
+from support.runs import (UserError, file_hash, json_hash, main_exit, os_errors, read_json,
+                          save_json, write_whole)
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "unsup", "valid", "test")
@@ -47,6 +48,7 @@ class Review(NamedTuple):
 
 
 Splits = dict[str, list[Review]]
+Progress = Callable[[str], object]  # is told what happens: print, or a list's append
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SIZE, MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
@@ -57,18 +59,18 @@ FOLDERS = {"test/pos": ("test", 1, 12_500), "test/neg": ("test", 0, 12_500),
            "train/unsup": ("unsup", None, 50_000)}  # split, label, number of reviews
 
 
-def read_imdb(path: Path | None, cache: Path, progress: Callable[[str], object] = print,
-              seed: int = 0) -> tuple[Splits, dict[str, int]]:
+def read_imdb(path: Path | None, cache: Path, progress: Progress = print, seed: int = 0
+              ) -> tuple[Splits, dict[str, int]]:
     """The Large Movie Review Dataset (Maas et al. 2011) from `path`, or else downloaded to `cache`.
 
-    `path` is an archive (.tar.gz, .tar.xz) or an unpacked folder. Reviews come back shuffled by
-    `seed`; "valid" is every 20th of train, taken out of it. A text that recurs in another split
-    stays only where it evaluates (test, then valid, then train); notes["dup_<split>"] counts what
-    was dropped. Raises UserError for a missing, truncated, wrong or incomplete corpus.
+    `path` is an archive or an unpacked folder. Reviews are shuffled by `seed`; "valid" is every
+    20th of train, taken out of it. A text of two splits stays only where it evaluates (test, then
+    valid, then train); notes["dup_<split>"] counts what was dropped. UserError for a missing,
+    truncated, wrong or incomplete corpus.
     """
     path = path or download(cache, progress)
     progress(f"reading {path}")
-    found: dict[str, dict[int, str]] = {key: {} for key in FOLDERS}
+    found: dict[str, dict[int, str]] = {key: {} for key in FOLDERS}  # ID -> text
     for name, content in _files(path):
         if match := MEMBER.search(name):
             text = re.sub(r"<br\s*/?>", "\n", content.decode("utf-8", "replace"))
@@ -78,13 +80,13 @@ def read_imdb(path: Path | None, cache: Path, progress: Callable[[str], object] 
         if len(found[key]) != wanted:
             raise UserError(f"{path} has {len(found[key]):,} reviews named {key}/ID_RATING.txt, "
                             f"wanted {wanted:,}: a wrong or incomplete archive; {REMEDY}")
-        raw[split] += [Review(found[key][i], label) for i in sorted(found[key])]  # by ID
+        raw[split] += [Review(text, label) for _, text in sorted(found[key].items())]
     for i, split in enumerate(raw):
         np.random.default_rng((seed, i)).shuffle(raw[split])
     raw["valid"] = raw["train"][::20]
     del raw["train"][::20]
     splits, notes, seen = {}, {}, set()
-    for split in ("test", "valid", "train", "unsup"):  # who comes first keeps a shared text
+    for split in ("test", "valid", "train", "unsup"):  # the first keeps a shared text
         splits[split] = [review for review in raw[split] if review.text not in seen]
         notes[f"dup_{split}"] = len(raw[split]) - len(splits[split])
         seen.update(review.text for review in raw[split])
@@ -98,15 +100,14 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
         return
     try:
         with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isfile():
-                    yield member.name, archive.extractfile(member).read()
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                yield member.name, archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
         raise UserError(f"{path} cannot be read as an archive ({e}): missing, cut short, or not "
                         f"a .tar.gz or .tar.xz; {REMEDY}") from e
 
 
-def download(cache: Path, progress: Callable[[str], object] = print) -> Path:
+def download(cache: Path, progress: Progress = print) -> Path:
     """Stanford's archive in `cache`, fetched by the first call; there only if its md5 is right."""
     archive, part = cache / "aclImdb_v1.tar.gz", cache / "aclImdb_v1.part"
     if archive.exists():
@@ -138,7 +139,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's byte-level BPE, V = 50257. Raises UserError if its two files are not to be had."""
+    """GPT-2's byte-level BPE, V = 50257. UserError if its two files are not to be had."""
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as e:  # no network; a damaged file
@@ -150,21 +151,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
     """Byte-level BPE (Sennrich et al. 2016) with GPT-2's pre-tokens; <|endoftext|> is the last id.
 
     Each step merges the most frequent adjacent pair, of equals the one with the smallest ids; with
-    no pair left, the result is smaller than `vocab_size` (257 to 65,536). A text matters only
-    through the counts of its distinct pre-tokens, and a merge changes only the pre-tokens that hold
-    its pair: a step costs those, not the corpus.
+    no pair left, the result is smaller than `vocab_size` (257 to 65,536). It works on the distinct
+    pre-tokens and their counts, and a step visits only those that hold its pair.
     """
     if not str(vocab_size).isdecimal() or not 257 <= int(vocab_size) <= 65_536:
         raise UserError(f"got a vocabulary of {vocab_size}, wanted 257 (the bytes and {EOT}) to "
                         "65,536 (what uint16 holds), or gpt2")
-    pre_tokens: Counter[str] = Counter()
-    for text in texts:
-        pre_tokens.update(regex.findall(PATTERN, text))
+    pre_tokens = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     # A word is a str whose i-th character is chr(its i-th token's id): str.replace does a merge.
     words = [word.encode("utf-8", "replace").decode("latin-1") for word in pre_tokens]
     counts = list(pre_tokens.values())
-    pairs: Counter[str] = Counter()  # two characters -> how often they are adjacent
-    homes: defaultdict[str, set[int]] = defaultdict(set)  # -> the words that hold, or held, them
+    pairs = Counter()  # two characters -> how often they are adjacent
+    homes = defaultdict(set)  # two characters -> the words that hold, or held, them
     for i, word in enumerate(words):
         for pair in map(operator.add, word, word[1:]):
             pairs[pair] += counts[i]
@@ -178,7 +176,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
             continue  # stale: its count has changed and was pushed anew
         token = chr(len(ranks))
         ranks.append(ranks[ord(pair[0])] + ranks[ord(pair[1])])
-        change: Counter[str] = Counter()
+        change = Counter()
         for i in homes.pop(pair):
             old, words[i] = words[i], words[i].replace(pair, token)
             for other in map(operator.add, old, old[1:]):
@@ -193,9 +191,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
     return _encoding(ranks)
 
 
-def _encoding(ranks: Sequence[bytes]) -> tiktoken.Encoding:
-    return tiktoken.Encoding(name=f"bpe{len(ranks) + 1}", pat_str=PATTERN,
-                             mergeable_ranks={token: i for i, token in enumerate(ranks)},
+def _encoding(tokens: Sequence[bytes]) -> tiktoken.Encoding:
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding(name=f"bpe{len(ranks) + 1}", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={EOT: len(ranks)})
 
 
@@ -228,9 +226,8 @@ class Tokens:
     def windows(self, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths) of every training window: `length` inputs, each with a next token.
 
-        A window starts at <|endoftext|> or at a multiple of `n_ctx` inside a long review, and ends
-        with its review: that window's last target is the <|endoftext|> that closes it. So every
-        token is a target exactly once, and the model has seen what comes before a first word.
+        A window starts at a review's <|endoftext|>, or at a multiple of `n_ctx` inside a long one.
+        A review's last target is the <|endoftext|> after it, so every token is a target once.
         """
         sizes = np.diff(self.offsets)
         pieces = -(-sizes // n_ctx)
@@ -241,9 +238,9 @@ class Tokens:
 
 def lm_batch(tokens: Tokens, starts: np.ndarray,
              lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """idx (B, T) int64 and the mask (B, T) of targets: row b has lengths[b] + 1 real tokens.
+    """idx (B, T) int64, padded with 0, and the mask (B, T) of targets: all but a row's first token.
 
-    All but a row's first are targets. Padding is 0.
+    Row b has lengths[b] + 1 real tokens.
     """
     column = np.arange(np.max(lengths) + 1)
     real = column <= np.asarray(lengths)[:, None]  # (B, T)
@@ -256,8 +253,7 @@ def lm_batches(tokens: Tokens, n_ctx: int, batch: int, accum: int,
     """batches(step) -> (`accum` micro-batches of idx, mask and lengths, the number of targets).
 
     A batch holds windows of like length, since padding costs as much as tokens. An epoch has each
-    window at most once, the batches in random order; the next epoch is shuffled anew.
-    UserError for fewer windows than a batch.
+    window at most once, its batches in random order. UserError for fewer windows than a batch.
     """
     starts, lengths = tokens.windows(n_ctx)
     if len(starts) < batch:
@@ -300,12 +296,12 @@ class Data:
 
 
 def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
-         progress: Callable[[str], object] = print) -> Data:
+         progress: Progress = print) -> Data:
     """The corpus in tokens: built in `folder` by the first call, memory-mapped by the next.
 
     corpus "toy" (`reviews` in all) or "imdb" (0: all; n: the first n of each shuffled split, for
-    scaled-down runs); vocab "gpt2" or the size of a BPE trained on train and unsup. A subfolder's
-    name carries a hash of all that and of the source, so that no setting reads another's files.
+    scaled-down runs); vocab "gpt2" or the size of a BPE trained on train and unsup. The name of
+    the subfolder has a hash of all that and of the source: no setting reads another's files.
     """
     if reviews < (20 if corpus == "toy" else 0):
         raise UserError(f"got {reviews} reviews, wanted 20 or more (0 for all, on imdb)")
@@ -316,12 +312,12 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
     files = [base / name for name in ("bpe.tiktoken", *(f"{s}.npy" for s in SPLITS), "about.json")]
     if not all(file.exists() for file in files):
         if corpus == "toy":
-            _build(read_toy(reviews, seed), {}, str(vocab), base, lambda text: None)
+            splits, notes, progress = read_toy(reviews, seed), {}, lambda text: None
         else:
             splits, notes = read_imdb(path, Path(folder), progress, seed)
             splits = {split: rows[: reviews or None] for split, rows in splits.items()}
-            _build(splits, notes, str(vocab), base, progress)
-    enc, about = load_encoding(files[0]), json.loads(files[-1].read_bytes())
+        _build(splits, notes, str(vocab), base, progress)
+    enc, about = load_encoding(files[0]), read_json(files[-1])
     # np.asarray: still the file's memory, without the slow indexing of np.memmap
     streams = {s: np.asarray(np.load(base / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
     tokens = {s: Tokens(x, np.flatnonzero(x == enc.eot_token)) for s, x in streams.items()}
@@ -332,33 +328,31 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
 
 
 def _size(path: Path) -> int:
-    """The corpus's size in bytes: what tells one copy from another."""
+    """The corpus's size in bytes, which tells one copy from another."""
     files = path.rglob("*.txt") if path.is_dir() else [path] if path.exists() else []
     if not (size := sum(file.stat().st_size for file in files)):
         raise UserError(f"IMDB_PATH is {path}, where there are no reviews; {REMEDY}")
     return size
 
 
-def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path,
-           progress: Callable[[str], object]) -> None:
+def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path, progress: Progress):
+    """Writes the files of `load`, about.json last."""
     progress(f"vocabulary {vocab}: training a BPE" if vocab != "gpt2" else "vocabulary gpt2")
     texts = (row.text for split in ("train", "unsup") for row in splits[split])
     enc = gpt2_encoding() if vocab == "gpt2" else train_bpe(texts, vocab)
     with os_errors("write", base):
         base.mkdir(parents=True, exist_ok=True)
     write_whole(base / "bpe.tiktoken", lambda file: save_encoding(file, enc))
-    threads = min(4, os.cpu_count() or 1)
     for split, rows in splits.items():
         progress(f"encoding {len(rows):,} reviews of {split}")
         texts, parts = [row.text for row in rows], []
         for i in range(0, len(texts), 1024):  # in pieces: lists of ids take 18 times the stream
-            batch = enc.encode_ordinary_batch(texts[i : i + 1024], num_threads=threads)
+            batch = enc.encode_ordinary_batch(texts[i : i + 1024], num_threads=4)
             parts += [np.array([enc.eot_token, *ids], dtype=np.uint16) for ids in batch]
-        stream = np.concatenate([*parts, np.array([enc.eot_token], dtype=np.uint16)])
+        stream = np.concatenate([*parts, np.uint16([enc.eot_token])])
         write_whole(base / f"{split}.npy", lambda file: np.save(file, stream))
     labels = {s: [row.label for row in rows] for s, rows in splits.items()}
-    about = json.dumps({"notes": notes, "labels": labels}).encode()
-    write_whole(base / "about.json", lambda file: file.write(about))
+    save_json(base / "about.json", {"notes": notes, "labels": labels})
 
 
 # ------------------------------------------------------------------------------ preferences
@@ -367,9 +361,8 @@ def sample_prompts(tokens: Tokens, n: int, seed: int | Sequence[int], lo: int = 
                    avoid: Collection[tuple[int, ...]] = frozenset()) -> tuple[list[list[int]], int]:
     """App. C.1 · `n` prompts: <|endoftext|> and the first lo to hi tokens of reviews.
 
-    Reviews are taken in a seeded order; no review is taken twice until all have been taken. A
-    prompt in `avoid` (for evaluation: the training prompts) is drawn again; the second result
-    counts those.
+    Reviews come in a seeded order, none twice until all have been taken. A prompt in `avoid` (for
+    evaluation: the training prompts) is drawn again; the second result counts those.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero(np.diff(tokens.offsets) > hi))
@@ -424,8 +417,7 @@ def gather_groups(prompts: list[list[int]], samples: list[list[int]],
 def split_prompts(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
     """Indices of the groups to train on, and to hold out: a tenth of the distinct prompts.
 
-    A prompt's side depends on its tokens alone, so no prompt stands on both. UserError for fewer
-    than three distinct prompts.
+    The hash of a prompt's tokens decides its side. UserError for fewer than three distinct ones.
     """
     distinct = sorted(set(map(tuple, prompts)),
                       key=lambda p: hashlib.sha256(repr(p).encode()).digest())
@@ -440,9 +432,8 @@ def split_prompts(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
 def write_groups(file: BinaryIO, groups: Groups, enc: tiktoken.Encoding) -> None:
     """JSON lines for runs.write_whole. Without r*, "rewards" is null and the best stands first."""
     eot = enc.eot_token
-    for prompt, completions, rewards in zip(groups.prompt_ids, groups.completion_ids,
-                                            groups.rewards, strict=True):
-        assert groups.has_reward or (np.diff(rewards) < 0).all(), "completions not best first"
+    rows = zip(groups.prompt_ids, groups.completion_ids, groups.rewards, strict=True)
+    for prompt, completions, rewards in rows:
         row = {"prompt": enc.decode(prompt[prompt[0] == eot :]),
                "completions": [enc.decode(y[: len(y) - (y[-1] == eot)]) for y in completions],
                # a float32's str is its shortest name: 0.9, not 0.8999999761581421
@@ -460,8 +451,7 @@ def read_groups(path: Path, enc: tiktoken.Encoding, n_ctx: int) -> Groups:
     Anthropic-HH  {"chosen", "rejected"}; the prompt ends with their last shared "\\n\\nAssistant:"
 
     Groups of equal rewards, and those longer than n_ctx (prompt and completion), are left out and
-    counted in `dropped`. Raises UserError, with the line, for anything malformed and for ids beyond
-    the vocabulary; and if nothing is left.
+    counted in `dropped`. UserError, with the line, for anything malformed; and if nothing is left.
     """
     prompts, kept, scores, dropped, shapes = [], [], [], Counter(), set()
     with os_errors("read", path):
@@ -501,15 +491,15 @@ def main(argv: list[str] | None = None) -> None:
     for split, tokens in data.tokens.items():
         print(f"{split}: {len(tokens):,} reviews, {tokens.offsets[-1]:,} tokens")
     train, labels, enc = data.tokens["train"], data.labels["train"], data.enc
-    alike = ((prompt, [i for i, x in enumerate(train) if x[: len(prompt)].tolist() == prompt][:4])
-             for prompt in sample_prompts(train, 1_000, seed=0, hi=4)[0])
-    for prompt, rows in itertools.islice((x for x in alike if len(x[1]) == 4), args.n):
+    shared = ((prompt, [i for i, x in enumerate(train) if x[: len(prompt)].tolist() == prompt][:4])
+              for prompt in sample_prompts(train, 1_000, seed=0, hi=4)[0])
+    for prompt, rows in itertools.islice((x for x in shared if len(x[1]) == 4), args.n):
         print(f"\nprompt: {EOT}{enc.decode(prompt[1:])}")
         rewards = {}
         for name, i in zip("abcd", rows):
             rest = enc.decode(train[i][len(prompt) :][:48]).replace("\n", " ")
-            rewards[name] = (float(labels[i]) if labels is not None
-                             else toy_reviews.sentiment(enc.decode(train[i][1:])))
+            rewards[name] = (toy_reviews.sentiment(enc.decode(train[i][1:])) if labels is None
+                             else float(labels[i]))
             print(f"  {name}, r* = {rewards[name]:.2f}: {rest}")
         pairs = [f"{w} ≻ {l}" for w in rewards for l in rewards if rewards[w] > rewards[l]]
         print("  pairs:", ", ".join(pairs) or "none, all equal")

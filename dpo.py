@@ -109,11 +109,9 @@ def label_pairs(rewards: Tensor, labels: str, scale: float,
                 uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Labels from true rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), and p(y_w ≻ y_l) (N,).
 
-    labels is one of
-      hard     the higher reward wins, with p = 1; ties are dropped
-      sampled  the winner is drawn from Eq. 1 with rewards scale·r, with p = 1;
-               uniforms (G, K(K-1)/2) in [0, 1) hold the draw of each pair
-      soft     the higher reward is y_w, with p from Eq. 1; a tie has p = 1/2
+    hard     the higher reward wins, with p = 1; ties are dropped
+    sampled  y_w is drawn from Eq. 1 on scale·r by uniforms (G, K(K-1)/2) in [0, 1), with p = 1
+    soft     the higher reward is y_w, with p from Eq. 1 on scale·r; a tie has p = 1/2
     """
     if labels == "hard":
         yw_idxs, yl_idxs, _ = preference_pairs(rewards)
@@ -129,8 +127,7 @@ def label_pairs(rewards: Tensor, labels: str, scale: float,
 def reward_model_loss(rewards: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
     """Eq. 2 · L_R(r_φ) = -E log σ(r_φ(x,y_w) - r_φ(x,y_l)).
 
-    rewards (B,) -> (N,), one loss per pair. Only differences within a prompt appear, so r_φ is
-    determined up to a function f(x) of the prompt.
+    rewards (B,) -> (N,). Only differences within a prompt appear: r_φ is free up to some f(x).
     """
     return -F.logsigmoid(margins(rewards, yw_idxs, yl_idxs))
 
@@ -154,8 +151,7 @@ def log_partition(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
 def optimal_policy(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Eq. 4 · π_r(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x).
 
-    Two (..., K) -> log π_r (..., K). Z(x) is a sum over every y. For text there are too many, so
-    π_r cannot be computed.
+    Two (..., K) -> log π_r (..., K). Z(x) sums over every y, and for text there are too many.
     """
     return ref_logp + rewards / beta - log_partition(ref_logp, rewards, beta)[..., None]
 
@@ -179,8 +175,7 @@ def policy_preference(pi_logps: Tensor, ref_logps: Tensor, y1_idxs: Tensor, y2_i
                       beta: float) -> Tensor:
     """Eq. 6 · p*(y₁ ≻ y₂|x) = 1 / (1 + exp(β log π*(y₂)/π_ref(y₂) - β log π*(y₁)/π_ref(y₁))).
 
-    Log-probs (B,), indices (N,) -> (N,). It is Eq. 1 with r from Eq. 5: β log Z(x) is in both
-    rewards, and cancels in their difference.
+    Log-probs (B,), indices (N,) -> (N,). It is Eq. 1 with r from Eq. 5: β log Z(x) cancels.
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
     return preference_probability(rewards[y1_idxs], rewards[y2_idxs])
@@ -259,9 +254,8 @@ def weighted_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs:
                   beta: float, weight: WeightFn) -> tuple[Tensor, Tensor]:
     """A loss given by its weight w(m): its value is f(m), its gradient Section 4's with this w.
 
-    Shapes as in dpo_loss, and "sigmoid" is Eq. 7 itself. Any other gradient is that of the
-    surrogate -w β (log π_w - log π_l) with w constant. A function from outside WEIGHTS comes
-    without f: its value is -∫₀ᵐ w, by the trapezoidal rule.
+    Shapes as in dpo_loss; "sigmoid" is Eq. 7 itself. Any other gradient is that of the surrogate
+    -w β (log π_w - log π_l) with w constant. The value of a function without f is -∫₀ᵐ w.
     The scale trap: Adam and RMSprop divide the gradient by its own size, so they cancel the scale
     of a constant weight. β = 1 and β = 0.1 then take the same path, if the gradient is clipped at
     every step or at none. So a constant weight does not fail because its steps are larger: it
@@ -289,9 +283,9 @@ def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idx
     Columns: reward_w, reward_l, margin, weight; norm_w, norm_l and cosine of ∇log π(y_w) and
     ∇log π(y_l), where a cosine near 1 means that raising one raises the other; update, the norm
     of β w (∇log π(y_w) - ∇log π(y_l)). The mean over pairs is a list of tensors like params.
-    pi_logps: (B,) with its graph, or a list of B scalars, each with its own graph. The list is
-    cheaper, since each backward then runs through one sequence. Every completion needs one
-    backward, and its gradient is kept until its last pair: list the pairs of a group together.
+    pi_logps: (B,) with its graph, or B scalars, each with its own: cheaper, as a backward then runs
+    through one sequence. Each completion needs one backward, and its gradient is kept until its
+    last pair: list the pairs of a group together.
     """
     logps = list(pi_logps)
     rewards = implicit_reward(torch.stack(logps).detach(), ref_logps, beta)
@@ -323,9 +317,9 @@ def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idx
 def ranking_logps(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 18 · p(τ | y₁…y_K, x) = Π_k exp r(x,y_τ(k)) / Σ_{j≥k} exp r(x,y_τ(j)),  best first.
 
-    scores r (G, K), and the true rewards (G, K) that give the order τ -> log p (G,), tied (G, K)
-    bool. Completions of equal true reward have no order between them: all of them leave the
-    ranking. Nothing is sorted: the completions from place k on are those of no higher reward.
+    scores r (G, K), true rewards (G, K), which give the order τ -> log p (G,), tied (G, K) bool.
+    Completions of equal true reward have no order: all of them leave the ranking. Nothing is
+    sorted: the completions from place k on are those of no higher reward.
     """
     tied = (rewards[:, :, None] == rewards[:, None, :]).sum(-1) > 1
     rest = (rewards[:, None, :] <= rewards[:, :, None]) & ~tied[:, None, :]  # (G, k, j)
@@ -338,9 +332,9 @@ def plackett_luce_loss(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor,
                        beta: float) -> tuple[Tensor, Tensor, dict[str, int]]:
     """A.3 · L = -log p(τ) by Eq. 18 with r̂ for r: DPO from rankings.
 
-    Log-probs (G*K,), true rewards (G, K) -> losses (G',), r̂ (G*K,) detached, and two counts:
-    "tied" completions, and "skipped" groups, which have fewer than two completions left. With
-    K = 2 it is Eq. 7. It starts at log K!. UserError if every group is skipped.
+    Log-probs (G*K,), true rewards (G, K) -> losses (G',), r̂ (G*K,) detached, and two counts: "tied"
+    completions, and "skipped" groups, which have fewer than two left. With K = 2 it is Eq. 7. It
+    starts at log K!. UserError if every group is skipped.
     """
     implicit = implicit_reward(pi_logps, ref_logps, beta)
     logps, tied = ranking_logps(implicit.view(rewards.shape), rewards)
@@ -348,15 +342,13 @@ def plackett_luce_loss(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor,
     if len(losses) == 0:
         raise UserError(f"none of {len(rewards)} groups has two completions that tie with no "
                         "other: there is nothing to rank")
-    counts = dict(tied=int(tied.sum()), skipped=len(rewards) - len(losses))
-    return losses, implicit.detach(), counts
+    return losses, implicit.detach(), dict(tied=int(tied.sum()), skipped=len(rewards) - len(losses))
 
 
 def unlikelihood_loss(pi_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, alpha: float) -> Tensor:
     """C.3 · L = -E[log π(y_w|x) - α log π(y_l|x)].
 
-    (B,) -> (N,). It has no π_ref and no lower bound. At α = 1 its gradient is that of the
-    constant weight, divided by β.
+    (B,) -> (N,). No π_ref, no lower bound. At α = 1 its gradient is the constant weight's over β.
     """
     need_pairs(yw_idxs, yl_idxs)
     return alpha * pi_logps[yl_idxs] - pi_logps[yw_idxs]
@@ -400,8 +392,7 @@ class World:
         """log π (P, K) that minimises Eq. 7, where y_i ≻ y_j with probability p (N,)."""
         def loss(logits):
             logp = logits.log_softmax(-1).flatten()
-            losses, _ = soft_dpo_loss(logp, self.ref.flatten(), self.i, self.j, p, beta)
-            return frequency @ losses
+            return frequency @ soft_dpo_loss(logp, self.ref.flatten(), self.i, self.j, p, beta)[0]
         return minimise(loss, self.ref).log_softmax(-1)
 
 
@@ -432,17 +423,16 @@ def section3_rows(world: World) -> Iterator[Row]:
     yield "Eq. 1", "exp r₁ / (exp r₁ + exp r₂) is σ(r₁ - r₂)", max_gap(e1 / (e1 + e2), p), 1e-12
     fitted = minimise(lambda x: (p * reward_model_loss(x.flatten(), i, j)
                                  + (1 - p) * reward_model_loss(x.flatten(), j, i)).mean(), 0 * r)
-    shift = (fitted - r) - (fitted - r).mean(-1, keepdim=True)
-    yield "Eq. 2", "its minimiser on Eq. 1's p* is r* + f(x)", max_gap(shift), 1e-12
+    shift = (fitted - r).mean(-1, keepdim=True)
+    yield "Eq. 2", "its minimiser on Eq. 1's p* is r* + f(x)", max_gap(fitted - r, shift), 1e-12
     pi, identity, above = (3 * world.randn(1000, *r.shape)).log_softmax(-1), [], []
     for beta in BETAS:
         best, value = optimal_policy(ref, r, beta), objective(pi, ref, r, beta)
         identity.append(value - beta * (log_partition(ref, r, beta) - kl_divergence(pi, best)))
         above.append(value - objective(best, ref, r, beta))
-    yield "Eq. 3", "is β log Z(x) - β KL(π‖π_r), 1000 random π (A.1)", \
-        max_gap(torch.stack(identity)), 1e-12
-    yield "Eq. 3", "hence no π is above π_r: largest difference", \
-        float(torch.stack(above).max()), 0.0
+    gap, largest = max_gap(torch.stack(identity)), float(torch.stack(above).max())
+    yield "Eq. 3", "is β log Z(x) - β KL(π‖π_r), 1000 random π (A.1)", gap, 1e-12
+    yield "Eq. 3", "hence no π is above π_r: largest difference", largest, 0.0
 
 
 def section4_rows(world: World) -> Iterator[Row]:
@@ -451,10 +441,10 @@ def section4_rows(world: World) -> Iterator[Row]:
     pi, flat = world.randn(*r.shape).log_softmax(-1).flatten(), ref.flatten()
     yield "Eq. 4", "π_r sums to 1", max_gap(best.exp().sum(-1), 1), 1e-12
     yield "Eq. 5", "inverts Eq. 4", max_gap(implicit_reward(best, ref, beta, log_z), r), 1e-12
-    same = policy_preference(best.flatten(), flat, i, j, beta)
-    yield "Eq. 6", "is Eq. 1 at π_r, for every pair", max_gap(same, p), 1e-12
-    scaled = policy_preference((best + log_z).flatten(), flat, i, j, beta)
-    yield "Eq. 6", "Z(x) cancels: π_r Z(x) gives the same", max_gap(scaled, p), 1e-12
+    for logp, claim in ((best, "is Eq. 1 at π_r, for every pair"),
+                        (best + log_z, "Z(x) cancels: π_r Z(x) gives the same")):
+        preference = policy_preference(logp.flatten(), flat, i, j, beta)
+        yield "Eq. 6", claim, max_gap(preference, p), 1e-12
     losses, _ = dpo_loss(pi, flat, i, j, beta)
     secretly = reward_model_loss(implicit_reward(pi, flat, beta), i, j)
     yield "Eq. 7", "is Eq. 2 with Eq. 5 for r_φ", max_gap(losses, secretly), 1e-12
@@ -475,10 +465,10 @@ def optimum_rows(world: World) -> Iterator[Row]:
     """Where the minimum of Eq. 7 lies."""
     ref, r = world.ref, world.r
     for name, frequency in world.frequencies.items():
-        kls = [kl_divergence(optimal_policy(ref, r, beta), world.solve(beta, world.p, frequency))
-               for beta in BETAS]
-        yield "Eq. 7", f"its minimum on p* is π_r: KL, 4 β, pairs {name}", \
-            max_gap(torch.stack(kls)), 1e-12
+        kls = torch.stack([
+            kl_divergence(optimal_policy(ref, r, beta), world.solve(beta, world.p, frequency))
+            for beta in BETAS])
+        yield "Eq. 7", f"its minimum on p* is π_r: KL, 4 β, pairs {name}", max_gap(kls), 1e-12
     small, errors = World(10, 8), []
     sizes = torch.tensor([1e3, 1e4, 1e5, 1e6], dtype=torch.float64)  # labels per prompt
     for n in sizes:
@@ -486,16 +476,16 @@ def optimum_rows(world: World) -> Iterator[Row]:
         labels = torch.binomial(per_pair, small.p, small.generator) / per_pair
         solved = small.solve(1.0, labels, small.frequencies["uniform"])
         errors.append(kl_divergence(optimal_policy(small.ref, small.r, 1.0), solved).mean())
-    x, y = sizes.log() - sizes.log().mean(), torch.stack(errors).log()
-    slope = float(x @ y / (x @ x))
+    x = sizes.log() - sizes.log().mean()
+    slope = float(x @ torch.stack(errors).log() / (x @ x))
     yield "Eq. 7", f"on n sampled pairs KL falls as 1/n: slope {slope:.2f}", abs(slope + 1), 0.15
     yw, yl, _ = preference_pairs(r)
-    further = [(ref + t * r).log_softmax(-1).flatten() for t in (1, 10, 100, 1e3, 1e4, 1e5)]
-    hard = [max_gap(dpo_loss(logp, ref.flatten(), yw, yl, 1.0)[0])
-            for logp in further]  # every t > 0 orders every pair correctly
-    falls = all(a > b for a, b in zip(hard, hard[1:]))
-    yield "Eq. 7", "labels without noise: falls to 0 as π runs off, no optimum", \
-        hard[-1] if falls else math.nan, 1e-9
+    hard = []
+    for t in (1, 10, 100, 1e3, 1e4, 1e5):  # every t > 0 orders every pair correctly
+        logp = (ref + t * r).log_softmax(-1).flatten()
+        hard.append(max_gap(dpo_loss(logp, ref.flatten(), yw, yl, 1.0)[0]))
+    least = hard[-1] if all(a > b for a, b in zip(hard, hard[1:])) else math.nan
+    yield "Eq. 7", "labels without noise: falls to 0 as π runs off, no optimum", least, 1e-9
 
 
 def baseline_rows(world: World) -> Iterator[Row]:
@@ -526,12 +516,11 @@ def print_rows(rows: Iterable[Row]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks Sections 3 and 4, C.3 and Preferred-FT; the exit code is 1 if a claim fails."""
-    argparse.ArgumentParser(description="Check the equations of Sections 3 and 4 on small worlds; "
-                            "python -m experiments.theory checks the rest.").parse_args(argv)
+    """Checks Sections 3 and 4, C.3 and Preferred-FT on small worlds; exits with 1 if one fails."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
     checks = section3_rows, section4_rows, optimum_rows, baseline_rows
-    return print_rows(row for rows in checks for row in rows(World()))
+    return print_rows(row for check in checks for row in check(World()))
 
 
 if __name__ == "__main__":

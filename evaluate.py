@@ -1,7 +1,6 @@
 """One point of the frontier: the true reward of a policy's samples, and their KL to π_ref.
 
-Also the optimum of Eq. 3, which no policy can pass, and what a finished run prints. Knows nothing
-of training.
+Also the optimum of Eq. 3, which no policy can pass, and what a finished run prints.
 
 B sequences, T tokens, V vocabulary, M scored tokens, P prompts, K completions per prompt.
 """
@@ -25,10 +24,10 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
     """KL(π ‖ π_ref) in nats per completion, two ways, on completions that π sampled.
 
     idx (B, T), prompt_lens (B,), lengths (B,) -> (3, B) float64 on the CPU:
-    kl: the exact KL of each step's distribution over the vocabulary, summed along the sample,
-        the decision to end included, the prompt and all after the end left out;
-    kl_mc: log π(y|x) - log π_ref(y|x), the one-sample estimate. It has the same mean. Near π_ref
-        its variance is far larger, and on one sample it is often negative;
+    kl: the exact KL of each step's distribution over the vocabulary, summed along the completion,
+        the decision to end included;
+    kl_mc: log π(y|x) - log π_ref(y|x), the one-sample estimate, of the same mean. Near π_ref its
+        variance is far larger, and on one sample it is often negative;
     ref_nll: -log π_ref(y|x).
     π is the policy at the `temperature` that it was sampled at (0: all on the token taken);
     π_ref is the reference at 1. With another temperature than the samples' neither is an estimate.
@@ -54,8 +53,7 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
 
 
 def repetition(completions) -> float:
-    """Mean share of a completion's trigrams that it has had before: 0 for varied text, near 1
-    for one word over and over."""
+    """Mean share of a completion's trigrams that it has had before: near 1 for a repeated word."""
     def share(ids):
         grams = list(zip(ids, ids[1:], ids[2:]))
         return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -64,8 +62,7 @@ def repetition(completions) -> float:
 
 
 def distinct2(completions) -> float:
-    """Distinct bigrams over all bigrams of all completions. It falls with the number of samples,
-    so compare equal numbers only."""
+    """Distinct bigrams over all bigrams. It falls with the number of samples: compare equals."""
     grams = [g for ids in completions for g in zip(ids, ids[1:])]
     return len(set(grams)) / max(1, len(grams))
 
@@ -74,20 +71,24 @@ def standard_error(x) -> float:
     return float(x.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
+def rounded(x) -> list[float]:
+    return [round(value, 4) for value in x.tolist()]
+
+
 def evaluate(policy: GPT, reference: GPT, prompts, reward, sample, eos: int,
              temperature: float = 1.0, batch_size: int = 128) -> dict:
     """One point: completions of `prompts` by sample(policy, prompts, temperature), judged.
 
-    reward(prompts, completions) -> (P,), or None where there is no r*; where it has a method
-    `grammatical`, that gives the share of sentences in the toy's language.
+    reward(prompts, completions) -> (P,), or None where there is no r*. Only the toy's has a method
+    `grammatical`: the share of sentences in its language.
     Reward in [0, 1]; KL in nats per completion; length in tokens, EOS included; eos: the share of
     completions that ended themselves; ref_ppl: exp of the mean NLL per token under π_ref.
     """
     completions = sample(policy, prompts, temperature)
     device = policy.wte.weight.device
     kls = torch.empty(3, len(prompts), dtype=torch.float64)
-    for part in length_buckets(torch.tensor([len(p) + len(c) for p, c in zip(
-            prompts, completions)]), batch_size):
+    totals = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
+    for part in length_buckets(totals, batch_size):
         padded = pad_rows([prompts[i] for i in part], [completions[i] for i in part])
         kls[:, part] = sequence_kl(policy, reference, *(x.to(device) for x in padded),
                                    temperature=temperature)
@@ -99,13 +100,12 @@ def evaluate(policy: GPT, reference: GPT, prompts, reward, sample, eos: int,
         eos=sum(c[-1] == eos for c in completions) / len(completions),
         distinct2=distinct2(completions), repetition=repetition(completions),
         ref_ppl=math.exp(min(700.0, float(kls[2].sum() / lengths.sum()))),
-        reward=None, reward_se=None, grammatical=None,
-        temperature=temperature, samples=len(prompts), completions=completions,
-        kls=[round(x, 4) for x in kls[0].tolist()])
-    if reward is not None:
+        reward=None, reward_se=None, grammatical=None, temperature=temperature,
+        samples=len(prompts), completions=completions, kls=rounded(kls[0]))
+    if reward:
         rewards = reward(prompts, completions)
         point |= dict(reward=float(rewards.mean()), reward_se=standard_error(rewards),
-                      rewards=[round(x, 4) for x in rewards.tolist()])
+                      rewards=rounded(rewards))
     if hasattr(reward, "grammatical"):
         point["grammatical"] = reward.grammatical(prompts, completions)
     return point
@@ -114,11 +114,11 @@ def evaluate(policy: GPT, reference: GPT, prompts, reward, sample, eos: int,
 def optimal_frontier(rewards, betas) -> list[dict]:
     """Eq. 4's π_r for each beta, from samples of π_ref alone: rewards (P, K), K per prompt.
 
-    Self-normalised reweighting: w, exp(r / β) over its prompt's sum, stands for π_r / π_ref, with
-    1 / K for π_ref. Then reward = Σ w r and KL = Σ w log(K w), means over prompts, one β for all.
-    Nothing is trained. No policy lies above what it estimates, so it also tests the KL estimator.
-    `ess` is the effective number of samples per prompt: K at β = ∞, 1 when one sample has all the
-    weight. Where it is small the estimate is poor: the KL cannot pass log K.
+    Self-normalised reweighting: w, exp(r / β) over its prompt's sum, stands for π_r, with 1 / K for
+    π_ref. Then reward = Σ w r and KL = Σ w log(K w), means over prompts, one β for all. No policy
+    lies above what it estimates, so it also tests the KL estimator. `ess` is the effective number
+    of samples per prompt: K at β = ∞, 1 when one sample has all the weight. Where it is small the
+    estimate is poor: the KL cannot pass log K.
     """
     P, K = rewards.shape
     rewards = rewards.double()
@@ -131,17 +131,14 @@ def optimal_frontier(rewards, betas) -> list[dict]:
         curve.append(dict(beta=beta, reward=float(r.mean()), reward_se=standard_error(r),
                           kl=float(kl.mean()), kl_se=standard_error(kl),
                           ess=float((1 / w.square().sum(-1)).mean()),
-                          rewards=[round(x, 4) for x in r.tolist()],
-                          kls=[round(x, 4) for x in kl.tolist()]))
+                          rewards=rounded(r), kls=rounded(kl)))
     return curve
 
 
 def jackknife_optimum(rewards, betas) -> list[dict]:
-    """optimal_frontier of (P, K) without its bias of order 1/K, by the jackknife.
-
-    Prompt by prompt: twice the whole's estimate less the mean of its two halves'. Without this,
-    Best-of-N near N = K lies above the curve.
-    """
+    """optimal_frontier of (P, K) without its bias of order 1/K, by the jackknife: prompt by prompt,
+    twice the whole's estimate less the mean of its two halves'. Without it Best-of-N near N = K
+    lies above the curve."""
     whole, *halves = (optimal_frontier(part, betas)
                       for part in (rewards, rewards[:, ::2], rewards[:, 1::2]))
     for point, one, other in zip(whole, *halves):
@@ -149,16 +146,13 @@ def jackknife_optimum(rewards, betas) -> list[dict]:
             x, a, b = torch.tensor([p[each] for p in (point, one, other)], dtype=torch.float64)
             values = 2 * x - (a + b) / 2  # (P,)
             point |= {mean: float(values.mean()), mean + "_se": standard_error(values),
-                      each: [round(v, 4) for v in values.tolist()]}
+                      each: rounded(values)}
     return whole
 
 
 def optimal_reward(curve: list[dict], kl: float) -> float | None:
-    """The curve's reward at `kl`, between its points with ess >= 2; None outside them.
-
-    Near the end of that range the estimate is a little low, because few samples hold the weight:
-    on the toy 32 samples per prompt gave 0.002 less at KL 2.8 than 64 did.
-    """
+    """The curve's reward at `kl`, between its points with ess >= 2; None outside them. Near the end
+    of that range it is a little low: with 32 samples per toy prompt 0.002 at KL 2.8."""
     points = sorted((p["kl"], p["reward"]) for p in curve if p["ess"] >= 2)
     for (a, ra), (b, rb) in zip(points, points[1:]):
         if a <= kl <= b:
@@ -181,10 +175,8 @@ def held_out_measures(logps, ref_logps, rewards) -> dict:
 
 
 def rank_correlation(implicit, rewards) -> float:
-    """Spearman's, within a prompt, averaged over prompts: two (P, K) -> [-1, 1].
-
-    r̂ is free up to f(x), so its order across prompts means nothing. Tied ranks are averaged.
-    """
+    """Spearman's, within a prompt, averaged over prompts: two (P, K) -> [-1, 1]. Tied ranks are
+    averaged. r̂ is free up to f(x), so its order across prompts means nothing."""
     def ranks(x):
         return pairwise_accuracy(x[:, :, None], x[:, None, :]).sum(-1)
 
@@ -195,9 +187,8 @@ def rank_correlation(implicit, rewards) -> float:
 def correlation(implicit, rewards) -> float:
     """Pearson's, within a prompt, all prompts together: two (P, K) -> [-1, 1].
 
-    Near π_ref it is a policy's share of the optimal gain at its KL. With h = log π/π_ref the gain
-    is Cov(h, r) and the KL Var(h)/2, both under π_ref. So the part of h that is not linear in r
-    costs KL and gains no reward.
+    Near π_ref it is a policy's share of the optimal gain at its KL: with h = log π/π_ref the gain
+    is Cov(h, r) and the KL Var(h)/2. The part of h that is not linear in r costs KL for nothing.
     """
     a, b = (x - x.mean(-1, keepdim=True) for x in (implicit, rewards))
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-9))
@@ -212,10 +203,9 @@ def write_samples(job, run, point: dict, n: int = 24) -> None:
         lines.append(f"prompt:  {enc.decode(prompt[1:])}")
         for name, of in (("before", job.reference_eval["point"]), ("after", point)):
             ids = of["completions"][i]
-            worth = f"r* {of['rewards'][i]:.2f}" if "rewards" in of else "r* -"
+            worth = f"{of['rewards'][i]:.2f}" if "rewards" in of else "-"
             text = enc.decode([t for t in ids if t != eot]).replace("\n", " ")
-            end = "" if ids[-1] == eot else " …"
-            lines.append(f"{name + ':':<8} {worth} |{text}{end}")
+            lines.append(f"{name + ':':<8} r* {worth} |{text}{'' if ids[-1] == eot else ' …'}")
         lines.append("")
     write_whole(run.path("samples.txt"), lambda file: file.write("\n".join(lines).encode()))
 

@@ -101,8 +101,8 @@ class GPT(nn.Module):
         """The last hidden states, after ln_f: idx (B, T) -> (B, T, C).
 
         `cache` (n_layer, 2, B, H, its length, C/H) holds the keys and values of the positions
-        before `start`, and those of idx are added to it. T may be any length at start 0; after it,
-        T must be 1. Raises ValueError past the end of the context.
+        before `start`; those of idx are added. T must be 1 unless start is 0. Raises ValueError
+        past the end of the context.
         """
         T = idx.size(1)
         if start + T > self.config.n_ctx:
@@ -124,9 +124,8 @@ class GPT(nn.Module):
     def token_logps(self, idx, mask):
         """log π(idx[b, t] | idx[b, :t]) in nats where mask (B, T) is true, 0 elsewhere: (B, T).
 
-        The head is applied only where the mask is true, and the result is float32 (float64 for a
-        float64 model) whatever the precision of the matrix products. mask[:, 0] must be false:
-        nothing predicts a first token.
+        The head is applied only where the mask is true. The result is float32 or wider, whatever
+        the precision of the products. mask[:, 0] must be false: nothing predicts a first token.
         """
         mask, targets = mask[:, 1:], idx[:, 1:]
         hidden = self.hidden(idx[:, :-1])[mask]  # (M, C): position t - 1 predicts token t
@@ -134,8 +133,8 @@ class GPT(nn.Module):
         needs_grad, score = torch.is_grad_enabled(), HeadLogps.apply
         if needs_grad and len(hidden) > limit:  # too many to keep: made again in the backward pass
             score = functools.partial(recompute, score, use_reentrant=False)
-        logps = torch.cat([score(h, self.wte.weight, t, needs_grad) for h, t in zip(
-            hidden.split(limit), targets[mask].split(limit))])  # (M,)
+        parts = zip(hidden.split(limit), targets[mask].split(limit))
+        logps = torch.cat([score(h, self.wte.weight, t, needs_grad) for h, t in parts])  # (M,)
         out = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
         return F.pad(out.masked_scatter(mask, logps), (1, 0))
 
@@ -145,11 +144,10 @@ class GPT(nn.Module):
 
         prompts: lists of token ids -> as many lists of new ids, `eos` included where it was drawn
         (eos=-1: never). temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter
-        nothing. At most `batch_size` prompts make a part; parallel(work, parts) is `map`, which
-        runs one part after another, or the map of a thread pool.
+        nothing. At most `batch_size` prompts make a part; parallel is `map` or a thread pool's.
         Token s of row i uses the uniform u[i, s], drawn up front from `seed`. So a completion does
-        not depend on how rows are batched, and two policies can be compared with common random
-        numbers. Raises ValueError for a prompt that is empty or leaves no room in the context.
+        not depend on the batches, and two policies can be compared with common random numbers.
+        Raises ValueError for a prompt that is empty or leaves no room in the context.
         """
         for prompt in prompts:
             if not 0 < len(prompt) < self.config.n_ctx:
@@ -174,11 +172,9 @@ class GPT(nn.Module):
     def _sample_part(self, prompts, uniforms, eos, temperature, top_k, top_p):
         """Every row starts at position 0; one still inside its prompt takes its own next token."""
         device, config = self.wte.weight.device, self.config
-        prompt_lens = torch.tensor([len(p) for p in prompts])
+        tokens, prompt_lens, _ = pad_rows(prompts, [[]] * len(prompts))
         ends = (prompt_lens + uniforms.size(1)).clamp(max=config.n_ctx)  # b stops before ends[b]
-        tokens = torch.zeros(len(prompts), int(ends.max()), dtype=torch.long)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
+        tokens = F.pad(tokens, (0, int(ends.max()) - tokens.size(1)))
         stops = ends.clone()  # one past each row's last token
         prompt_lens, ends, tokens, stops, uniforms = (
             x.to(device) for x in (prompt_lens, ends, tokens, stops, uniforms))
@@ -193,8 +189,9 @@ class GPT(nn.Module):
             step = t - prompt_lens[rows]  # negative inside the prompt
             u = uniforms[rows, step.clamp(0, uniforms.size(1) - 1)]
             new = sample_inverse_cdf(logits, u, temperature, top_k, top_p)
-            tokens[rows, t] = torch.where(running & (step >= 0), new, tokens[rows, t])
-            ended = running & (step >= 0) & ((new == eos) | (t + 1 >= ends[rows]))
+            drawn = running & (step >= 0)
+            tokens[rows, t] = torch.where(drawn, new, tokens[rows, t])
+            ended = drawn & ((new == eos) | (t + 1 >= ends[rows]))
             stops[rows] = torch.where(ended, t + 1, stops[rows])
             running &= ~ended
             start, t = t, t + 1
@@ -260,15 +257,14 @@ BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of logits made at once; a CPU is 
 class HeadLogps(torch.autograd.Function):
     """log softmax(h Wᵀ)[target], reduced in float32: h (M, C), W (V, C), targets (M,) -> (M,).
 
-    What -F.cross_entropy(h Wᵀ, targets) computes, keeping one (M, V) tensor in place of several:
-    softmax - onehot, which is -d log p / d logits, so that backward is two matrix products.
+    It is -F.cross_entropy(h Wᵀ, targets), but keeps one (M, V) tensor in place of several:
+    softmax - onehot = -d log p / d logits, so that backward is two matrix products.
     """
 
     @staticmethod
     def forward(ctx, h, w, targets, needs_grad):
         w = head_weight(w)
-        h = h.to(w.dtype)
-        full = torch.promote_types(h.dtype, torch.float32)
+        h, full = h.to(w.dtype), torch.promote_types(w.dtype, torch.float32)
         logps = torch.empty(len(h), dtype=full, device=h.device)
         slopes = h.new_empty(len(h) if needs_grad else 0, len(w))
         block = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w)))
@@ -299,18 +295,16 @@ def pad_rows(prompts, completions, fill=0):
 
 
 def length_buckets(lengths, batch_size: int):
-    """Row indices in parts of at most `batch_size`, rows of like length together: lengths (B,).
-
-    For scoring: a padded position costs as much as a token.
-    """
+    """Row indices in parts of at most `batch_size`, rows of like length together: lengths (B,). A
+    padded position costs as much as a token."""
     return lengths.argsort().split(batch_size)
 
 
 def sample_inverse_cdf(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One token per row by inverse CDF: logits (B, V), uniforms u (B,) in [0, 1) -> (B,).
 
-    The first token whose cumulative probability exceeds u. torch.multinomial would draw V
-    exponentials per row, which on a CPU takes longer than the rest of a step.
+    The first token whose cumulative probability exceeds u. torch.multinomial draws V exponentials
+    per row, which on a CPU takes longer than the rest of a step.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -353,14 +347,12 @@ def main(argv=None):
     parser.add_argument("--prompt", default="The", help="the text to continue")
     parser.add_argument("-n", type=int, default=4, help="how many samples")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens at most")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    for flag, default in (("temperature", 1.0), ("top-k", 0), ("top-p", 1.0), ("seed", 0)):
+        parser.add_argument(f"--{flag}", type=type(default), default=default)
     args = parser.parse_args(argv)
     if min(args.n, args.max_new_tokens) < 1 or not (args.temperature >= 0 and 0 < args.top_p <= 1):
-        raise UserError("give -n and --max-new-tokens of at least 1, --temperature of at "
-                        "least 0, --top-p in (0, 1]")
+        raise UserError("give -n and --max-new-tokens of at least 1, --temperature of at least 0, "
+                        "--top-p in (0, 1]")
     run = Path(args.checkpoint)
     if (run / "model.pt").exists():
         model = GPT.load(run / "model.pt")
@@ -380,8 +372,7 @@ def main(argv=None):
                         f"{model.config.n_ctx}: shorten it")
     for ids in model.sample([prompt] * args.n, args.max_new_tokens, enc.eot_token, args.seed,
                             args.temperature, args.top_k, args.top_p):
-        text = enc.decode([i for i in ids if i != enc.eot_token])
-        print(f"{args.prompt}|{text}\n")
+        print(f"{args.prompt}|{enc.decode([i for i in ids if i != enc.eot_token])}\n")
 
 
 if __name__ == "__main__":

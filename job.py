@@ -1,8 +1,5 @@
 """One command's settings and device, the folders of its runs, and loaders for what they hold.
 
-A stage gets a Job and reads from it the corpus, the models, the groups and the sampler. Knows no
-loss and no loop.
-
 P prompts, K completions per prompt.
 """
 
@@ -102,9 +99,9 @@ class Job:
     def check_compatible(self, model: GPT, name) -> GPT:
         """The model, on the device. UserError where its vocabulary or its context does not fit."""
         if model.config.vocab_size != self.data.enc.n_vocab:
-            raise UserError(f"{name} has {model.config.vocab_size} tokens, the tokenizer of this "
-                            f"command {self.data.enc.n_vocab}: give the --vocab that it was "
-                            "trained with")
+            raise UserError(
+                f"{name} has {model.config.vocab_size} tokens, the tokenizer of this command "
+                f"{self.data.enc.n_vocab}: give the --vocab that it was trained with")
         if model.config.n_ctx < self.cfg.n_ctx:
             raise UserError(f"{name} has a context of {model.config.n_ctx} tokens, this command "
                             f"wants {self.cfg.n_ctx}: give --n-ctx {model.config.n_ctx}")
@@ -199,6 +196,5 @@ class Job:
 
     def save_policy(self, run: Run, model: GPT) -> None:
         """Its tokenizer, then model.pt, which marks the run finished."""
-        write_whole(run.path("bpe.tiktoken"),
-                    lambda file: data_imdb.save_encoding(file, self.data.enc))
+        write_whole(run.path("bpe.tiktoken"), lambda f: data_imdb.save_encoding(f, self.data.enc))
         run.finish(model.checkpoint())

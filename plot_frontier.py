@@ -3,10 +3,10 @@
     python plot_frontier.py out/toy/frontier                       frontier.png and frontier.svg
     python plot_frontier.py out/toy/dpo --groups out/toy/groups    curves.png
 
-Needs numpy and matplotlib alone, and knows nothing of models: it reads what the runs have written.
-The table and all other figures stand in experiments/table.py and experiments/figures.py.
+Needs numpy and matplotlib alone: it reads what the runs have written. The table and all other
+figures stand in experiments/table.py and experiments/figures.py.
 
-P prompts, n points, m values of KL.
+n points, m values of KL.
 """
 
 import argparse
@@ -46,8 +46,8 @@ KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, fro
 def read_points(path: Path) -> list[dict]:
     """The points of a frontier.jsonl, or of the one in a folder, in the file's order.
 
-    Skips a line that holds no point, and a point whose preset or number of prompts is not that of
-    most points; one sentence on stderr names the lines. UserError without a file or any point.
+    Skips lines without a point, and points whose preset or number of prompts is not that of most;
+    one sentence on stderr names the lines. UserError without a file or any point.
     """
     remedy = "run `python train.py --stage frontier`"
     with os_errors("read", path):
@@ -75,9 +75,9 @@ def point_of(line: bytes) -> dict | None:
         numbers += [point[key] or 0  # None where a method has no such measure
                     for key in "kl_mc reward_learned win ess seconds samples".split()]
         numbers += [*point["rewards"], *point["kls"], setting_value(point["setting"])]
-        whole = point.keys() >= set(KEYS) and all(map(math.isfinite, numbers)) and \
-            all(isinstance(point[key], str) for key in ("preset", "model", "method")) and \
-            len(point["rewards"]) == len(point["kls"]) > 1
+        texts = (point["preset"], point["model"], point["method"])
+        whole = point.keys() >= set(KEYS) and len(point["rewards"]) == len(point["kls"]) > 1
+        whole &= all(map(math.isfinite, numbers)) and all(isinstance(x, str) for x in texts)
         return point if whole else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -94,7 +94,7 @@ def setting_value(setting: str) -> float:
 
 
 def series(points: list[dict], method: str) -> list[dict]:
-    """A method's points on the frontier: those sampled at temperature 1."""
+    """A method's points at temperature 1, which make the frontier."""
     return [p for p in points if p["method"] == method and p["temperature"] == 1]
 
 
@@ -127,9 +127,9 @@ def envelope(kl, reward, at, start, flat: bool = False) -> np.ndarray:
     kl, reward (..., n): the policies, NaN where one is missing; at (m,) or (..., m): the KLs;
     start (...): π_ref's reward -> (..., m), the upper concave hull, flat after its top. It is NaN
     past the largest KL, where nothing was measured, unless `flat`.
-    Mixing reaches the hull: let a coin choose between two policies for each prompt. The mixture's
-    reward lies on the straight line between theirs, and its KL is no larger than on that line,
-    because KL is convex. The hull of noisy points lies a little high, as every maximum does.
+    Let a coin choose between two policies for each prompt: the reward lies on the straight line
+    between theirs, and the KL, being convex, is no larger than there. So mixtures reach the hull.
+    The hull of noisy points lies a little high, as every maximum does.
     """
     kl, reward, at = np.asarray(kl, float), np.asarray(reward, float), np.asarray(at, float)
     k = np.zeros(kl.shape[:-1] + (1,))
@@ -152,7 +152,8 @@ def envelope(kl, reward, at, start, flat: bool = False) -> np.ndarray:
 
 def frontier(points: list[dict]) -> Figure:
     """Figure 2: reward against KL, each method's points and envelope, the optimum above them."""
-    figure, start, beyond = Figure(figsize=(11, 6.5), layout="constrained"), reference(points), []
+    figure, beyond = Figure(figsize=(11, 6.5), layout="constrained"), []
+    start = reference(points)["reward"]
     shown = {m: mine for m in STYLES if not m.startswith("dpo-") and (mine := series(points, m))}
     ax = figure.subplots()
     limit = plot_optimum(ax, points, sum(shown.values(), []))
@@ -163,9 +164,9 @@ def frontier(points: list[dict]) -> Figure:
         label, colour, marker, line = STYLES[method]
         plot_points(ax, mine, method, ms=4, alpha=0.3, label=None)
         kl, reward = np.concatenate(list(seed_means(mine, "kl", "reward").values())).T
-        on = kl[reward >= envelope(kl, reward, kl, start["reward"]) - 1e-9]
+        on = kl[reward >= envelope(kl, reward, kl, start) - 1e-9]
         at = np.unique([0, *on[on < limit], min(limit, kl.max())])
-        ax.plot(at, envelope(kl, reward, at, start["reward"]), color=colour, ls=line, lw=1.8, ms=6,
+        ax.plot(at, envelope(kl, reward, at, start), color=colour, ls=line, lw=1.8, ms=6,
                 marker=marker, markevery=np.flatnonzero(np.isin(at, on)).tolist(), label=label)
         if far := sum(p["kl"] > limit for p in mine):
             beyond.append(f"{far} of {label}")
@@ -183,10 +184,7 @@ def plot_points(ax, points: list[dict], method: str, **style) -> None:
 
 
 def plot_optimum(ax, points: list[dict], shown: list[dict]) -> float:
-    """The optimum, the region above it hatched, and axes that fit them and `shown`.
-
-    Returns the KL where the axes end.
-    """
+    """The optimum, hatched above, in axes that fit it and `shown` -> the KL where they end."""
     end = kl_range(points[0]["preset"])[2]
     limit = min(end, 1.05 * max(p["kl"] for p in shown) or end)
     if best := [p for p in reliable_optimum(points) if p["kl"] <= limit]:
@@ -216,9 +214,9 @@ def caption(points: list[dict]) -> str:
     """The experiment in one line: preset, model, the trained methods' seeds, test prompts."""
     p, methods = points[0], {}  # seeds -> the methods that have them
     for method in STYLES:
-        if method not in ("sft", "best-of-n", "best-of-n-learned") and series(points, method):
-            seeds = sorted({x["seed"] for x in series(points, method)})
-            methods.setdefault(", ".join(map(str, seeds)), []).append(method)
+        seeds = ", ".join(map(str, sorted({x["seed"] for x in series(points, method)})))
+        if seeds and method not in ("sft", "best-of-n", "best-of-n-learned"):
+            methods.setdefault(seeds, []).append(method)
     usual = max(methods, key=lambda seeds: len(methods[seeds]), default="0")
     others = "".join(f" ({', '.join(names)}: {seeds})" for seeds, names in methods.items()
                      if seeds != usual)
@@ -228,20 +226,29 @@ def caption(points: list[dict]) -> str:
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> Path:
     """Writes a PNG or an SVG, as the path's ending says. Equal figures give equal bytes."""
-    kind = dict(format="svg", metadata={"Date": None}) if path.suffix == ".svg" else \
-        dict(format="png", dpi=dpi)
+    kind = dict(metadata={"Date": None}) if path.suffix == ".svg" else dict(dpi=dpi)
     with rc_context({"svg.hashsalt": "frontier"}):
-        write_whole(path, lambda file: figure.savefig(file, **kind))
+        write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], **kind))
     return path
 
 
 # ------------------------------------------------------------------------------ training curves
 
+BATCH_PANELS = [  # title, y label, (logged key, label, style) of each line
+    ("loss", "nats per pair (or per ranking)", [("loss", "training", "C0-")]),
+    ("implicit rewards", "r̂ = β log π/π_ref, units of reward",
+     [("margin", "margin m, chosen - rejected", "C0-."), ("reward_chosen", "chosen", "C2-"),
+      ("reward_rejected", "rejected", "C3--")]),
+    ("log-probs of the batch's completions: both may fall", "log π(y|x), nats per completion",
+     [("logp_chosen", "chosen", "C2-"), ("logp_rejected", "rejected", "C3--")]),
+    ("accuracy of the implicit reward", "share of pairs in order",
+     [("accuracy", "pairs of the batch", "C0-")])]
+
+
 def training_curves(folder: Path, reference_json: Path) -> Path:
     """folder/curves.png: six panels over the steps of a DPO run.
 
-    Reads folder/metrics.jsonl and the groups' reference.json. UserError if the folder holds no
-    such run, and if the picture cannot be written.
+    reference_json: the groups' file. UserError if the folder holds no such run.
     """
     rows = read_rows(folder / "metrics.jsonl")
     steps = [r for r in rows if "eval" not in r]
@@ -250,13 +257,20 @@ def training_curves(folder: Path, reference_json: Path) -> Path:
     evals = [dict(step=0, **read_json(reference_json)["point"])]
     evals += [dict(step=r["step"] + 1, **r["eval"]) for r in rows if "eval" in r]
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, 3)
-    batch_panels(axes.flat[:5], steps)
+    loss, implicit, weight, logps, accuracy, held_out = axes = figure.subplots(2, 3).ravel()
+    for ax, (title, ylabel, lines) in zip((loss, implicit, logps, accuracy), BATCH_PANELS):
+        for key, label, style in lines:
+            ax.plot([r["step"] for r in steps], smooth([r[key] for r in steps]), style, label=label)
+        ax.set(title=title, ylabel=ylabel)
+    start = steps[0]["loss"]
+    loss.axhline(start, color="grey", ls=":",
+                 label=f"where π = π_ref: {start:.4f} (Eq. 7: log 2)")
+    weight_panel(weight, steps)
     measured = [e for e in evals if e.get("accuracy") is not None]
-    axes[1, 1].plot([e["step"] for e in measured], [e["accuracy"] for e in measured], "ko", ms=5,
-                    label="held-out pairs")
-    held_out_panel(axes[1, 2], evals)
-    for ax in axes.flat:
+    accuracy.plot([e["step"] for e in measured], [e["accuracy"] for e in measured], "ko", ms=5,
+                  label="held-out pairs")
+    held_out_panel(held_out, evals)
+    for ax in axes:
         ax.set(xlabel="step")
         ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         ax.grid(alpha=0.25)
@@ -264,30 +278,6 @@ def training_curves(folder: Path, reference_json: Path) -> Path:
     name = name if len(name) <= 70 else name[:69] + "…"
     figure.suptitle(f"{name}: lines without marks are running means over a twentieth of the run")
     return save_figure(figure, folder / "curves.png", dpi=120)
-
-
-def batch_panels(axes, steps: list[dict]) -> None:
-    """What every step has logged of its batch: loss, r̂, weight, log π, accuracy."""
-    loss, implicit, weight, logps, accuracy = axes
-
-    def line(ax, key, label, style):
-        ax.plot([r["step"] for r in steps], smooth([r[key] for r in steps]), style, label=label)
-
-    line(loss, "loss", "training", "C0-")
-    start = steps[0]["loss"]
-    loss.axhline(start, color="grey", ls=":",
-                 label=f"where π = π_ref: {start:.4f} (Eq. 7: log 2)")
-    loss.set(title="loss", ylabel="nats per pair (or per ranking)")
-    line(implicit, "margin", "margin m, chosen - rejected", "C0-.")
-    for ax, key in ((implicit, "reward"), (logps, "logp")):
-        line(ax, f"{key}_chosen", "chosen", "C2-")
-        line(ax, f"{key}_rejected", "rejected", "C3--")
-    implicit.set(title="implicit rewards", ylabel="r̂ = β log π/π_ref, units of reward")
-    logps.set(title="log-probs of the batch's completions: both may fall",
-              ylabel="log π(y|x), nats per completion")
-    weight_panel(weight, steps)
-    line(accuracy, "accuracy", "pairs of the batch", "C0-")
-    accuracy.set(title="accuracy of the implicit reward", ylabel="share of pairs in order")
 
 
 def weight_panel(ax, steps: list[dict]) -> None:
@@ -303,9 +293,8 @@ def weight_panel(ax, steps: list[dict]) -> None:
 def held_out_panel(ax, evals: list[dict]) -> None:
     """KL and, on an axis of its own, r* where the data has one, both with standard errors."""
     def line(ax, key, style, label=None):
-        ax.errorbar([e["step"] for e in evals], [e[key] for e in evals],
-                    [e[key + "_se"] for e in evals], fmt=style, ms=5, capsize=3,
-                    label=label)
+        steps, values, errors = ([e[x] for e in evals] for x in ("step", key, key + "_se"))
+        ax.errorbar(steps, values, errors, fmt=style, ms=5, capsize=3, label=label)
 
     line(ax, "kl", "C1s--", "KL (left)")
     ax.set(title="samples on held-out prompts, ± standard error", ylabel=KL, ylim=(0, None))
@@ -323,8 +312,8 @@ def smooth(values: list[float]) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw Figure 2 from a frontier's folder, or the "
-                                     "training curves of a dpo run.")
+    parser = argparse.ArgumentParser(
+        description="Draw Figure 2 from a frontier's folder, or the training curves of a dpo run.")
     parser.add_argument("path", nargs="?", type=Path, default=Path("out/toy/frontier"),
                         help="a frontier.jsonl, its folder, or a dpo run's (default: %(default)s)")
     parser.add_argument("--groups", type=Path, default=Path("out/toy/groups"),

@@ -1,8 +1,7 @@
 """The reward of a completion: the ground truth r*, and the body of a reward model, Eq. 2's r_φ.
 
 A reward is a callable (prompts, completions) -> (N,) float32 on the CPU, of token ids. r* lies in
-[0, 1]: on the toy corpus a known function of the text, on IMDb the probability that a classifier,
-trained here on the labels, gives to "positive". Knows nothing of policies.
+[0, 1]: a known function of the text on the toy corpus, p(positive) by a trained classifier on IMDb.
 
 B sequences, T tokens, C channels, N completions.
 """
@@ -71,11 +70,8 @@ class RewardModel(nn.Module):
 
 
 class ModelReward:
-    """What a RewardModel gives to completions, from 0 to 1 or as it is.
-
-    r*: p(positive), by a model trained on labels. r_φ: the score of Eq. 2's model, which reads the
-    closing <|endoftext|> too, being trained on completions that have it.
-    """
+    """r*: p(positive), by a model trained on labels. With `learned`, r_φ: Eq. 2's score, by a model
+    that reads the closing <|endoftext|> too, being trained on completions that have it."""
 
     def __init__(self, model: RewardModel, eos: int, learned: bool = False, batch_size: int = 256):
         self.model, self.eos = model.eval(), eos
@@ -101,7 +97,7 @@ class ModelReward:
 
 class SiebertReward:
     """The paper's judge, p(positive) by siebert/sentiment-roberta-large-english, or a local folder
-    of that layout. Needs the optional package transformers. Raises UserError without either."""
+    of that layout. Raises UserError without it or the optional package transformers."""
 
     def __init__(self, enc, name="siebert/sentiment-roberta-large-english", device="cpu",
                  batch_size=64):
@@ -154,9 +150,8 @@ def label_batch(rows, labels) -> dict:
 
 
 def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng):
-    """One step's micro-batches: `batch` whole reviews, and as many random crops of 8 to `max_crop`
-    tokens, so that short completions are judged well too. No row is longer than n_ctx. Each is a
-    dict of idx (B, T), lengths (B,), labels (B,)."""
+    """One step's two micro-batches of idx (B, T), lengths (B,), labels (B,): `batch` whole reviews,
+    and as many crops of 8 to `max_crop` tokens, so that short completions are judged well too."""
     high = min(max_crop, n_ctx - 1) + 1
     pick = rng.integers(0, len(tokens), 2 * batch)
     whole = [truncate(tokens[i], n_ctx) for i in pick[:batch]]
@@ -175,11 +170,10 @@ def label_loss(model, micro_batch):
 @torch.no_grad()
 def label_accuracy(model: RewardModel, tokens, labels, n_ctx: int, crop_len: int = 0,
                    batch_size: int = 64) -> dict:
-    """Accuracy on labelled reviews, and the expected calibration error of p(positive), ten bins.
+    """Accuracy on labelled reviews, and the expected calibration error of p(positive): the gap
+    between the mean p and the share of positive reviews in a bin, averaged over the reviews' bins.
 
-    crop_len 0 judges whole reviews (the last n_ctx tokens), otherwise a crop of that many tokens
-    (fewer where n_ctx is less). The calibration error is the gap between the mean p and the share
-    of positive reviews in a bin, averaged over the reviews' bins.
+    crop_len 0 judges whole reviews (their last n_ctx tokens), otherwise a crop of that many tokens.
     """
     rng, device, p = np.random.default_rng(0), model.score.weight.device, torch.empty(len(labels))
     model.eval()

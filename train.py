@@ -4,9 +4,9 @@
 
 Read `resumable` and `fit`, the loop; then `sft`, `reward`, `groups` and `dpo_stage`, in the order
 in which they run; then the table of stages, `build` and `main`. The equations stand in dpo.py, the
-settings in support/settings.py. Every other stage (PPO, the frontier, ...) is in experiments/.
+settings in support/settings.py, every other stage (PPO, the frontier, ...) in experiments/.
 
-B sequences, T tokens, P prompts, G groups, K completions per prompt, N pairs.
+B sequences, T tokens, G groups, K completions per prompt, N completions.
 """
 
 import functools
@@ -49,10 +49,9 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
               evaluate_every: int = 0) -> dict | None:
     """Call step(i) for each i < steps, from the run's last checkpoint on.
 
-    parts: name -> what a checkpoint holds, each with state_dict and load_state_dict. step returns a
-    row to log, or None. evaluation() is logged every `evaluate_every` steps and after the last; 0
-    gives four evaluations in all. Returns the last evaluation. Raises Diverged for a row with a
-    value that is not finite.
+    parts: name -> what a checkpoint holds, with state_dict and load_state_dict. step returns a row
+    to log, or None. evaluation() is logged every `evaluate_every` steps (0: four times in all) and
+    after the last. Returns the last evaluation. Raises Diverged for a value that is not finite.
     """
     found = None
     start = saved = run.load_checkpoint(parts, steps)
@@ -82,10 +81,10 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
 def diverged(run: Run, step: int, saved: int) -> str:
     stage = run.about["stage"]
     last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
-    rate = {"sft": "--sft-lr", "chosen": "--sft-lr", "reward": "--reward-lr", "rm": "--rm-lr",
-            "ppo": "--ppo-lr", "ppo-gt": "--ppo-lr"}.get(stage, "--dpo-lr")
+    flag = {"sft": "sft", "chosen": "sft", "reward": "reward", "rm": "rm", "ppo": "ppo",
+            "ppo-gt": "ppo"}.get(stage, "dpo")
     return f"{stage}: the loss or its gradient is not finite at step {step}; {last}; try a lower " \
-           f"{rate}, or --precision fp32"
+           f"--{flag}-lr, or --precision fp32"
 
 
 def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
@@ -104,7 +103,7 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     body = getattr(model, "body", model)
     compiled = torch.compile(body.hidden, dynamic=True) if cfg.compile else None
-    step_flops = 6 * sum(p.numel() for p in model.parameters())  # per token, matrices alone
+    flops = 6 * sum(p.numel() for p in model.parameters())  # per token, matrices alone
     peak = matmul_rate(device, cfg.precision)
 
     def step(i: int) -> dict:
@@ -141,7 +140,7 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         seconds = time.perf_counter() - began
         per_s = sum(int(m["lengths"].sum()) for m in micro_batches) / seconds
         return row | {"lr": rate, "tokens_per_s": per_s, f"{unit}_per_s": n / seconds,
-                      "mfu": step_flops * per_s / peak}
+                      "mfu": flops * per_s / peak}
 
     found = resumable(job, run, dict(model=model, optimizer=opt, scaler=scaler), steps, step,
                       evaluation and (lambda: evaluation(model)), evaluate_every)
@@ -186,18 +185,17 @@ def lm_loss(model, micro_batch):
 
 
 @torch.no_grad()
-def validation_loss(job: Job, model, windows: int = 1024) -> float:
-    """Nats per token on reviews that SFT has not seen."""
+def validation_loss(job: Job, model) -> float:
+    """Nats per token on 1,024 windows of reviews that SFT has not seen."""
     tokens, nll = job.data.tokens["valid"], 0.0
     starts, lengths = tokens.windows(job.cfg.n_ctx)
-    some = np.random.default_rng(0).permutation(len(starts))[:windows]
+    some = np.random.default_rng(0).permutation(len(starts))[:1024]
     starts, lengths = starts[some], lengths[some]
     model.eval()
     for part in length_buckets(torch.from_numpy(lengths), 64):
         idx, mask = data_imdb.lm_batch(tokens, starts[part], lengths[part])
         with job.autocast():
-            loss, _ = lm_loss(model, to_device(dict(idx=idx, mask=mask), job.device))
-        nll += float(loss)
+            nll += float(lm_loss(model, to_device(dict(idx=idx, mask=mask), job.device))[0])
     return nll / int(lengths.sum())
 
 
@@ -220,16 +218,13 @@ def sft(job: Job, run: Run) -> None:
 
 
 def report_sft(job: Job) -> None:
-    losses = [row["eval"]["loss"] for row in read_rows(job.folder("sft") / "metrics.jsonl")
-              if "eval" in row]
-    print(f"sft: validation loss {losses[-1]:.3f} nats per token")
+    last = read_rows(job.folder("sft") / "metrics.jsonl")[-1]  # its evaluation
+    print(f"sft: validation loss {last['eval']['loss']:.3f} nats per token")
 
 
 def chosen(job: Job, run: Run) -> None:
     """Section 4 · without an SFT model, π_ref maximises the likelihood of the chosen completions.
-
-    One pass: more would learn a small file by heart.
-    """
+    One pass: more would learn a small file by heart."""
     cfg, groups, (train, _) = job.cfg, job.groups, job.split
     model = job.pretrained(cfg.init, cfg.dropout) if cfg.init else job.policy("sft", cfg.dropout)
     best = groups.rewards.argmax(1)
@@ -266,13 +261,13 @@ def reward(job: Job, run: Run) -> None:
 
     fit(job, run, model, batches, label_loss, steps=cfg.reward_steps, lr=cfg.reward_lr,
         warmup=cfg.reward_steps // 20, weight_decay=cfg.sft_decay)
-    n = 5_000  # reviews per split: a standard error of half a percent
-    with job.autocast():
-        accuracies = {f"{split}_{name}": label_accuracy(
-            model, list(data.tokens[split])[:n], labels[split][:n], cfg.reward_ctx, crop)
-            for split in ("valid", "test") for name, crop in (("whole", 0),
-                                                              ("crop", cfg.max_new_tokens))}
-    save_json(run.path("report.json"), accuracies)
+    n, measures = 5_000, {}  # n reviews per split: a standard error of half a percent
+    for split in ("valid", "test"):
+        for name, crop in ("whole", 0), ("crop", cfg.max_new_tokens):
+            with job.autocast():
+                measures[f"{split}_{name}"] = label_accuracy(
+                    model, list(data.tokens[split])[:n], labels[split][:n], cfg.reward_ctx, crop)
+    save_json(run.path("report.json"), measures)
     run.finish(model.checkpoint())
 
 
@@ -303,8 +298,8 @@ def sample_all(job: Job, run: Run, model: GPT, prompts, name: str) -> list[list[
     done = Completions()
 
     def step(i: int) -> None:
-        done.extend(job.sample(model, prompts[i * CHUNK : (i + 1) * CHUNK],
-                               seed_of(job.cfg, name, i)))
+        part = prompts[i * CHUNK : (i + 1) * CHUNK]
+        done.extend(job.sample(model, part, seed_of(job.cfg, name, i)))
 
     resumable(job, run, dict(completions=done), -(-len(prompts) // CHUNK), step)
     return done
@@ -331,8 +326,7 @@ def score(job: Job, model: GPT, prompts, completions) -> torch.Tensor:
 def groups(job: Job, run: Run) -> None:
     """π_ref's completions, judged by r*; their reference log-probs; π_ref as an evaluated point.
 
-    From a preference file (--groups) the completions are its own: then there is no r* and no
-    optimum.
+    A preference file (--groups) has its own completions: then there is no r* and no optimum.
     """
     cfg, data, reference = job.cfg, job.data, job.load_reference()
     optimum, valid, valid_reward = [], [], None
@@ -356,20 +350,18 @@ def groups(job: Job, run: Run) -> None:
         rewards, n = judge(repeated, samples), len(prompts) * cfg.num_completions
         groups = data_imdb.gather_groups(prompts, samples[:n], rewards[:n])
         notes = groups.dropped | {"evaluation prompts drawn again": redrawn}
-        curve = jackknife_optimum(rewards[n:].view(len(held_out), -1),
-                                  [1e9, *np.geomspace(20, 0.01, 40)])
-        optimum = [{k: v for k, v in point.items() if k not in ("rewards", "kls")}
-                   for point in curve]
+        optimum = jackknife_optimum(rewards[n:].view(len(held_out), -1),
+                                    [1e9, *np.geomspace(20, 0.01, 40)])
+        for point in optimum:
+            del point["rewards"], point["kls"]  # of each prompt
         valid_reward = job.evaluate(reference, reference, valid)["reward"]
     print(f"  groups: {len(groups.rewards):,} prompts of {groups.K} completions; left out or drawn "
           f"again: {', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
     ref_logps = score(job, reference, *groups.flat(range(len(groups.rewards))))
     point = job.evaluate(reference, reference, held_out)
-    save_json(run.path("reference.json"), dict(
-        point=point, optimum=optimum, prompts=held_out, notes=notes, valid=valid,
-        valid_reward=valid_reward))
-    write_whole(run.path("groups.jsonl"),
-                lambda file: data_imdb.write_groups(file, groups, data.enc))
+    save_json(run.path("reference.json"), dict(point=point, optimum=optimum, prompts=held_out,
+                                               notes=notes, valid=valid, valid_reward=valid_reward))
+    write_whole(run.path("groups.jsonl"), lambda f: data_imdb.write_groups(f, groups, data.enc))
     run.finish(dict(ref_logps=ref_logps.view(-1, groups.K)))
 
 
@@ -381,8 +373,8 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
     Every completion stands in a micro-batch once, however many pairs it is in (Appendix B).
     """
     name = f"dpo {cfg.run_seed}" if cfg.run_seed else "dpo"
-    uniforms = torch.rand(len(groups.rewards), math.comb(groups.K, 2), generator=torch.Generator(
-        ).manual_seed(seed_of(cfg, name, "labels")))  # a label is drawn once, as data are
+    generator = torch.Generator().manual_seed(seed_of(cfg, name, "labels"))  # once, as data are
+    uniforms = torch.rand(len(groups.rewards), math.comb(groups.K, 2), generator=generator)
 
     @functools.lru_cache(4)
     def epoch(number: int) -> np.ndarray:
@@ -398,8 +390,8 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
     def batches(step: int) -> tuple[list[dict], int]:
         picks = np.array([epoch(i // len(train))[i % len(train)]
                           for i in range(step * cfg.dpo_batch, (step + 1) * cfg.dpo_batch)])
-        micro_batches = [micro_batch(part)
-                         for part in np.array_split(picks, min(cfg.dpo_accum, len(picks)))]
+        parts = np.array_split(picks, min(cfg.dpo_accum, len(picks)))
+        micro_batches = [micro_batch(part) for part in parts]
         pairs = sum(len(m["yw_idxs"]) for m in micro_batches)
         return micro_batches, len(picks) if cfg.loss == "plackett-luce" else pairs
 
@@ -413,20 +405,20 @@ def preference_loss(cfg: Settings):
         student.load_weight(cfg.weight, dpo.WEIGHTS)
 
     def loss_fn(model, micro_batch):
-        pi_logps = sequence_logps(model, *(micro_batch[k] for k in (
-            "idx", "prompt_lens", "lengths")))
-        ref_logps, yw, yl = (micro_batch[k] for k in ("ref_logps", "yw_idxs", "yl_idxs"))
+        names = "idx", "prompt_lens", "lengths", "ref_logps", "yw_idxs", "yl_idxs"
+        idx, prompt_lens, lengths, ref_logps, yw, yl = (micro_batch[k] for k in names)
+        pi_logps = sequence_logps(model, idx, prompt_lens, lengths)
         rewards = dpo.implicit_reward(pi_logps.detach(), ref_logps, cfg.beta)
         if cfg.loss == "plackett-luce":
-            losses, rewards, _ = dpo.plackett_luce_loss(
-                pi_logps, ref_logps, micro_batch["rewards"], cfg.beta)
+            losses, rewards, _ = dpo.plackett_luce_loss(pi_logps, ref_logps,
+                                                        micro_batch["rewards"], cfg.beta)
         elif cfg.loss == "unlikelihood":
             losses = dpo.unlikelihood_loss(pi_logps, yw, yl, cfg.alpha)
         elif cfg.loss == "preferred-ft":
             losses = dpo.preferred_ft_loss(pi_logps, yw)
         elif cfg.labels == "soft":
-            losses, rewards = dpo.soft_dpo_loss(
-                pi_logps, ref_logps, yw, yl, micro_batch["p"], cfg.beta)
+            losses, rewards = dpo.soft_dpo_loss(pi_logps, ref_logps, yw, yl, micro_batch["p"],
+                                                cfg.beta)
         elif cfg.weight == "sigmoid":
             losses, rewards = dpo.dpo_loss(pi_logps, ref_logps, yw, yl, cfg.beta)
         else:
@@ -461,9 +453,6 @@ def starts_at_reference(cfg: Settings, K: int):
     return check
 
 
-HELD_OUT = 128  # held-out groups that an evaluation looks at
-
-
 def ranked(groups: data_imdb.Groups, train: list[int]) -> list[int]:
     """The groups that Plackett-Luce can learn from: two completions or more that do not tie."""
     _, tied = dpo.ranking_logps(torch.zeros(groups.rewards.shape), torch.from_numpy(groups.rewards))
@@ -474,6 +463,9 @@ def ranked(groups: data_imdb.Groups, train: list[int]) -> list[int]:
         raise UserError("no group has two completions that no other ties with: nothing to rank; "
                         "leave --loss plackett-luce out")
     return kept
+
+
+HELD_OUT = 128  # held-out groups that an evaluation looks at
 
 
 def dpo_stage(job: Job, run: Run) -> None:
@@ -503,9 +495,7 @@ def dpo_stage(job: Job, run: Run) -> None:
 
 def evaluate_policy(job: Job, policy: GPT, reference: GPT, learned=None) -> dict:
     """The policy's point on the test prompts, and its reward and KL on the validation prompts.
-
-    learned: the reward that it was trained on, a callable as r*, where there is one.
-    """
+    learned: the reward that it was trained on, a callable as r*, where there is one."""
     prompts, valid = job.reference_eval["prompts"], job.reference_eval["valid"]
     point = job.evaluate(policy, reference, prompts)
     if learned:
@@ -517,7 +507,6 @@ def evaluate_policy(job: Job, policy: GPT, reference: GPT, learned=None) -> dict
 
 
 def without_texts(point: dict) -> dict:
-    """What is logged of a point."""
     return {k: v for k, v in point.items() if k != "completions"}
 
 
@@ -535,8 +524,7 @@ class Stage(NamedTuple):
     parents: Callable[[Settings], list[str]]  # the stages it reads; UserError where it cannot run
     final: str = "model.pt"  # its last file, which marks it finished
     report: Callable[[Job], None] | None = None
-    # makes the runs that the stage compares; returns folder name -> hash
-    compares: Callable[[Job], dict[str, str]] | None = None
+    compares: Callable[[Job], dict[str, str]] | None = None  # makes runs; folder name -> hash
 
 
 def needs(wrong: bool, message: str, parents: list[str]) -> list[str]:
@@ -587,10 +575,9 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
             try:
                 spec.make(job, run)
             except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{stage} does not fit the GPU: give a smaller model or --max-new-tokens, to "
-                    "sft and dpo a higher --sft-accum and --dpo-accum, to a frontier --jobs 1"
-                    ) from None
+                raise UserError(f"{stage} does not fit the GPU: give a smaller model or "
+                                "--max-new-tokens, to sft and dpo a higher --sft-accum and "
+                                "--dpo-accum, to a frontier --jobs 1") from None
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s", flush=True)
         if is_parent and spec.report:
             spec.report(job)

@@ -25,9 +25,9 @@ def rm(job: Job, run: Run) -> None:
     """Groups -> r_φ by Eq. 2: π_ref's body with a scalar head.
 
     Of the evaluated checkpoints the most accurate on held-out pairs is kept. Its accuracy, in
-    report.json, is a maximum over checkpoints and therefore a little high. Then the mean over all
-    of the groups' completions is set to 0. (The paper's mean is 0 for every prompt, which needs
-    several samples of each; a shift by f(x) changes no preference and no optimum of Eq. 3.)
+    report.json, is a maximum over checkpoints and therefore a little high. Then the mean over the
+    groups' completions is set to 0. (The paper sets it to 0 for every prompt; a shift by f(x)
+    changes no preference and no optimum of Eq. 3.)
     """
     cfg, groups, (train, held), best = job.cfg, job.groups, job.split, run.path("best.pt")
     reference = job.load_reference()
@@ -37,10 +37,9 @@ def rm(job: Job, run: Run) -> None:
     def evaluation(model) -> dict:
         scores, r = score_groups(job, model, held), torch.from_numpy(groups.rewards[held])
         yw, yl, _ = dpo.preference_pairs(r)
-        found = dict(accuracy=float(pairwise_accuracy(scores.flatten()[yw],
-                                                      scores.flatten()[yl]).mean()),
-                     rank_correlation=rank_correlation(scores, r))
-        if not best.exists() or found["accuracy"] > load_tensors(best)["accuracy"]:
+        accuracy = float(pairwise_accuracy(scores.flatten()[yw], scores.flatten()[yl]).mean())
+        found = dict(accuracy=accuracy, rank_correlation=rank_correlation(scores, r))
+        if not best.exists() or accuracy > load_tensors(best)["accuracy"]:
             save_tensors(best, found | dict(model=model.state_dict()))
         return found
 
@@ -63,12 +62,10 @@ def pair_batches(job: Job, steps: int):
 
     def batches(step: int):
         rng = np.random.default_rng(seed_of(cfg, "rm", step // steps))
-        order = rng.permutation(job.split[0])
-        picks = order[step % steps * cfg.rm_batch :][: cfg.rm_batch]
+        picks = rng.permutation(job.split[0])[step % steps * cfg.rm_batch :][: cfg.rm_batch]
         idx, _, lengths = pad_rows(*groups.flat(picks))
         yw_idxs, yl_idxs, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards[picks]))
-        micro_batch = dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)
-        return [micro_batch], len(yw_idxs)
+        return [dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)], len(yw_idxs)
 
     return batches
 
@@ -77,9 +74,9 @@ def pair_loss(model, micro_batch):
     """Eq. 2, summed over pairs."""
     yw_idxs, yl_idxs = micro_batch["yw_idxs"], micro_batch["yl_idxs"]
     scores = model(micro_batch["idx"], micro_batch["lengths"])
-    losses = dpo.reward_model_loss(scores, yw_idxs, yl_idxs)
+    loss = dpo.reward_model_loss(scores, yw_idxs, yl_idxs).sum()
     margin = dpo.margins(scores.detach(), yw_idxs, yl_idxs)
-    return losses.sum(), dict(accuracy=(margin > 0).float(), margin=margin)
+    return loss, dict(accuracy=(margin > 0).float(), margin=margin)
 
 
 def score_groups(job: Job, model: RewardModel, picks) -> torch.Tensor:
@@ -104,9 +101,8 @@ def learned_reward(job: Job) -> ModelReward:
 # ------------------------------------------------------------------------------ Best-of-N
 
 def best_of_n(job: Job, run: Run) -> None:
-    """K samples of π_ref per test prompt, scored by r* and by r_φ: (P, K) each.
-
-    samples.txt shows the best of 16 by r_φ."""
+    """K samples of π_ref per test prompt, scored by r* and r_φ: (P, K) each; samples.txt shows the
+    best of 16 by r_φ."""
     K = job.cfg.best_of
     prompts = [p for p in job.reference_eval["prompts"] for _ in range(K)]
     samples = sample_all(job, run, job.load_reference(), prompts, "best-of-n")
@@ -123,11 +119,9 @@ def expected_best(scores, rewards, N: int):
     """E[r of the best of N by `scores`], over all choices of N of a prompt's K samples.
 
     scores, rewards (P, K) -> (P,). In order of score, sample k (from 0) is the best of N drawn
-    without replacement with probability C(k, N - 1) / C(K, N). So every sample is used, which
-    splitting them into groups of N would not do.
+    without replacement with probability C(k, N - 1) / C(K, N). So every sample is used.
     """
-    K = scores.size(1)
-    order = scores.argsort(dim=1, stable=True)
+    K, order = scores.size(1), scores.argsort(dim=1, stable=True)
     weights = torch.tensor([math.comb(k, N - 1) / math.comb(K, N) for k in range(K)])
     return (rewards.gather(1, order).double() * weights).sum(1)
 

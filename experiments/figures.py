@@ -2,8 +2,7 @@
 
     python -m experiments.figures out/toy/frontier    what its frontier.jsonl allows, and table.md
 
-Needs numpy and matplotlib alone, and knows nothing of models. `degeneration` and `inspection` draw
-what experiments/lessons.py measures.
+Needs numpy and matplotlib alone. `degeneration` and `inspection` draw what lessons.py measures.
 """
 
 import argparse
@@ -23,8 +22,7 @@ from support.runs import main_exit, write_whole
 def draw_all(path: Path) -> list[Path]:
     """Every figure that a frontier.jsonl, or the one in a folder, allows: their paths.
 
-    Prints the table too, and writes it to table.md; all files lie beside the frontier.jsonl.
-    UserError where it cannot read or write.
+    Prints the table too, and writes it to table.md. All files lie beside the frontier.jsonl.
     """
     points = read_points(path)
     folder = path if path.is_dir() else path.parent
@@ -41,10 +39,7 @@ def draw_all(path: Path) -> list[Path]:
 # ------------------------------------------------------------------------------ of the frontier
 
 def temperature(points: list[dict]) -> Figure | None:
-    """Win rate against π_ref's samples over the temperature that the policy is sampled at.
-
-    None if no policy was sampled at another temperature than 1.
-    """
+    """Win rate against π_ref's samples over the policy's temperature; None if that is always 1."""
     curves = {}
     for p in sorted(points, key=lambda p: p["temperature"]):
         if p["win"] is not None and p["method"] in STYLES:
@@ -52,7 +47,7 @@ def temperature(points: list[dict]) -> Figure | None:
     curves = {key: c for key, c in curves.items() if any(p["temperature"] != 1 for p in c)}
     figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     ax = figure.subplots()
-    for (method, setting, _, _), curve in curves.items():
+    for (method, setting, *_), curve in curves.items():
         label, colour, marker, line = STYLES[method]
         at, win = np.array([(p["temperature"], p["win"]) for p in curve]).T
         ax.errorbar(at, win, np.sqrt(win * (1 - win) / len(curve[0]["rewards"])), color=colour,
@@ -91,8 +86,8 @@ def overoptimisation(points: list[dict]) -> Figure | None:
 def dial(points: list[dict]) -> Figure | None:
     """Where DPO ends with each kind of label, and the optimum that soft and sampled ones have.
 
-    s is the scale of the rewards in a label's probability, so s/β alone sets that optimum. None
-    without soft and sampled labels.
+    s scales the rewards in a label's probability: s/β alone sets that optimum. None without such
+    labels.
     """
     keys, figure = ("kl", "reward", "kl_se", "reward_se"), Figure((10.5, 6), layout="constrained")
     ends = {m: [dict(zip(keys, run[-1]), value=setting_value(setting))
@@ -132,18 +127,17 @@ def degeneration(rows: list[dict], path: Path) -> None:
 
     rows: dicts of weight, step and what the panels show; None where there is no such measure.
     """
-    panels = [("kl", KL, "symlog"),
-              ("ref_ppl", "perplexity under π_ref", "log"),
+    panels = [("kl", KL, "symlog"), ("ref_ppl", "perplexity under π_ref", "log"),
               ("logp_chosen", "log π(y_w), nats per completion", "linear"),
               ("logp_rejected", "log π(y_l), nats per completion", "linear"),
               ("repetition", "repeated trigrams, share", "linear"),
               ("eos", "completions that end, share", "linear"),
               ("grammatical", "grammatical sentences, share", "linear"),
               ("reward", "mean true reward r*", "linear")]
+    weights = (("sigmoid", "o-C0", "DPO: w = σ(-m)"), ("constant", "s--C3", "w = 1"))
     figure = Figure(figsize=(14, 6.8), layout="constrained")
     for ax, (key, label, axis) in zip(figure.subplots(2, 4).flat, panels):
-        for weight, style, name in (("sigmoid", "o-C0", "DPO: w = σ(-m)"),
-                                    ("constant", "s--C3", "w = 1")):
+        for weight, style, name in weights:
             points = [r for r in rows if r["weight"] == weight and r[key] is not None]
             ax.plot([r["step"] for r in points], [r[key] for r in points], style, ms=4, label=name)
         if not any(r[key] is not None for r in rows):
@@ -152,14 +146,12 @@ def degeneration(rows: list[dict], path: Path) -> None:
         if axis == "linear" and key not in ("logp_chosen", "logp_rejected"):
             ax.set_ylim(-0.03, 1.03)
         ax.grid(alpha=0.25)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path, dpi=120)
 
 
 def inspection(inspected: dict, metrics: list[dict], path: Path) -> None:
-    """Three panels to `path`: the weight over training; weight and implicit margin of held-out
-    pairs against their true reward gap.
+    """To `path`: the weight over training, and of held-out pairs weight and margin over r*'s gap.
 
     inspected: what inspect.json holds; metrics: the rows of the dpo run's metrics.jsonl.
     """
@@ -172,17 +164,13 @@ def inspection(inspected: dict, metrics: list[dict], path: Path) -> None:
                            (c, "margin", "implicit margin m = r̂(y_w) - r̂(y_l)")):
         for wrong, style, name in ((False, "oC0", "in the order of r*"),
                                    (True, "xC3", "in the wrong order")):
-            some = [p for p in pairs if (p["margin"] < 0) == wrong]
-            ax.plot([p["reward_gap"] for p in some], [p[key] for p in some], style, ms=5,
-                    alpha=0.7, label=name)
+            some = [(p["reward_gap"], p[key]) for p in pairs if (p["margin"] < 0) == wrong]
+            ax.plot(*np.reshape(some, (-1, 2)).T, style, ms=5, alpha=0.7, label=name)
         ax.set(xlabel="true reward gap r*(y_w) - r*(y_l)", ylabel=label)
     b.set_title(f"{len(pairs)} held-out pairs after {inspected['step']} steps")
-    judges = {"r̂": inspected}
-    if "learned" in inspected:
-        judges["r_φ"] = inspected["learned"]
-    c.set_title("\n".join(f"{name}: accuracy {judge['accuracy']:.3f}, rank correlation "
-                          f"{judge['rank_correlation']:.3f}"
-                          for name, judge in judges.items()), fontsize=10)
+    c.set_title("\n".join(
+        f"{name}: accuracy {x['accuracy']:.3f}, rank correlation {x['rank_correlation']:.3f}"
+        for name, x in (("r̂", inspected), ("r_φ", inspected.get("learned"))) if x), fontsize=10)
     for ax in (a, b, c):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.25)

@@ -1,9 +1,7 @@
-"""Two lessons on the importance weight of Section 4's gradient.
+"""Two lessons on the importance weight of Section 4's gradient, which dpo.py has.
 
-inspect shows the weights of a finished dpo run pair by pair. degenerate compares DPO with the same
-run at a constant weight. dpo.py has the gradient.
-
-P prompts, K completions per prompt, N pairs.
+inspect shows a finished dpo run's weights pair by pair. degenerate compares DPO with the same run
+at a constant weight.
 """
 
 import json
@@ -27,9 +25,9 @@ from train import HELD_OUT, STAGES, Stage, build, parents_of_groups, score, sequ
 def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
     """Section 4 on held-out pairs of a finished dpo run: which pairs are pushed, and how hard.
 
-    inspect.json has a row per pair (r̂, margin, weight, true reward gap, gradient norms, cosine,
-    norm of the weighted update) and, over all held-out groups, the implicit reward's accuracy and
-    its correlations with r*. inspect.png and inspect.txt show them.
+    inspect.json: a row per pair of the first n_groups (r̂, margin, weight, true reward gap, gradient
+    norms, cosine, norm of the weighted update), and over all held-out groups the implicit reward's
+    accuracy and correlations with r*. inspect.png and inspect.txt show them.
     """
     cfg, groups, policy = job.cfg, job.groups, job.policy("dpo")
     held = np.array(job.split[1])
@@ -48,8 +46,7 @@ def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
         yl_idxs.to(job.device), cfg.beta, list(policy.parameters()),
         student.load_weight(cfg.weight, dpo.WEIGHTS))
     columns["reward_gap"] = few.flatten()[yw_idxs] - few.flatten()[yl_idxs]
-    rows = [dict(zip(columns, values))
-            for values in zip(*(column.tolist() for column in columns.values()))]
+    rows = [dict(zip(columns, x)) for x in zip(*(c.tolist() for c in columns.values()))]
     table = dict(pairs=rows, step=cfg.dpo_steps, beta=cfg.beta, groups=len(held),
                  rank_correlation=rank_correlation(implicit, r),
                  correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r))
@@ -70,11 +67,9 @@ def inspection_text(job: Job, rows, yw_idxs, yl_idxs, prompts, completions, n: i
                           ("smallest weights: pairs well in order, left alone", order[::-1][:n])):
         lines += [title, ""]
         for i in chosen:
-            row = rows[i]
-            lines.append(
-                f"weight {row['weight']:.3f}  margin {row['margin']:+.2f}  true gap "
-                f"{row['reward_gap']:.2f}  |∇w| {row['norm_w']:.1f}  |∇l| {row['norm_l']:.1f}  "
-                f"cosine {row['cosine']:.2f}  |update| {row['update']:.2f}")
+            lines.append("weight {weight:.3f}  margin {margin:+.2f}  true gap {reward_gap:.2f}  "
+                         "|∇w| {norm_w:.1f}  |∇l| {norm_l:.1f}  cosine {cosine:.2f}  "
+                         "|update| {update:.2f}".format(**rows[i]))
             for name, at in (("y_w", int(yw_idxs[i])), ("y_l", int(yl_idxs[i]))):
                 text = enc.decode([t for t in completions[at] if t != enc.eot_token])
                 lines.append(f"  {name}  {enc.decode(prompts[at][1:])}|{text}".replace("\n", " "))
@@ -106,8 +101,7 @@ ABLATION = dict(beta=0.1, dpo_optimizer="adamw", dpo_schedule="constant", dpo_st
 def weight_ablation(cfg: Settings) -> list[Settings]:
     """DPO, and the same with a constant weight: equal reference, data, seed and optimizer."""
     lr = 1e-3 if cfg.corpus == "toy" else cfg.dpo_lr
-    return [replace(cfg, weight=weight, dpo_lr=lr, **ABLATION)
-            for weight in ("sigmoid", "constant")]
+    return [replace(cfg, weight=x, dpo_lr=lr, **ABLATION) for x in ("sigmoid", "constant")]
 
 
 def make_ablation(job: Job) -> dict[str, str]:
@@ -146,8 +140,8 @@ def report_degenerate(job: Job) -> None:
     for weight, name in (("sigmoid", "DPO, w = σ(-m)"), ("constant", "the same with w = 1")):
         print(f"\n{name}\n" + "".join(f"{key:>14}" for key in SHOWN))
         for row in (row for row in rows if row["weight"] == weight):
-            cells = ("-" if row[key] is None else f"{row[key]:.5g}" for key in SHOWN)
-            print("".join(f"{cell:>14}" for cell in cells))
+            print("".join(f"{'-':>14}" if row[key] is None else f"{row[key]:>14.5g}"
+                          for key in SHOWN))
         last.append(row)
     kl, perplexity = (last[1][key] / last[0][key] for key in ("kl", "ref_ppl"))
     print(f"\nat the end, w = 1 over DPO: KL {kl:.1f} times, perplexity under π_ref "

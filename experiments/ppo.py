@@ -1,17 +1,15 @@
 """PPO, the method that DPO replaces: Eq. 3 by policy gradient, with a value network and KL control.
 
-In each iteration the policy samples completions and a reward scores them. A value network predicts
-those scores; tokens that led to more than it predicted become likelier. The reward is a callable
-(prompts, completions) -> (N,) float32 on the CPU, either r* or a learned r_φ. β is in its units.
+In each iteration the policy samples completions and a reward, r* or a learned r_φ, scores them. A
+value network predicts those scores; tokens that led to more than it predicted become likelier.
 
 A token is an action. r(x,y) - β log π(y|x)/π_ref(y|x) is split over the tokens of y: each pays its
-own part of the KL term, and the last receives the score. Log-probs and KL are in nats. Dropout must
-be 0, otherwise the probability ratio is not 1 before the first step.
+own part of the KL term, and the last receives the score. Dropout must be 0, otherwise the
+probability ratio is not 1 before the first step.
 
-B sequences, T tokens, N rollouts.
+B sequences, T tokens, N rollouts. Log-probs and KL are in nats.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -90,9 +88,9 @@ def clipped_objective(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask
                       clip: float) -> tuple[Tensor, Tensor]:
     """L = -Σ_t min(ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t),  ρ = π(y_t)/π_old(y_t).
 
-    All (B, T) -> the SUM over the mask, and the number of clipped tokens: those that have moved
-    more than ε from π_old in the direction of A_t. They have no gradient; a token that moved the
-    wrong way keeps its own. At ρ = 1 the gradient is that of -Σ A log π.
+    All (B, T) -> the SUM over the mask, and the number of clipped tokens. Those have moved more
+    than ε from π_old in the direction of A_t, and have no gradient; a token that moved the wrong
+    way keeps its own. At ρ = 1 the gradient is that of -Σ A log π.
     """
     ratio = torch.where(mask, logps - old_logps, 0).exp()
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -108,21 +106,18 @@ def adaptive_kl_beta(beta: float, kl: float, last_kl: float, target: float) -> f
 
     β grows where KL is above its target or rising, by half per iteration at most. Ziegler et al.
     2019 have the first term alone, with 0.1 and 0.2: 2 % per iteration, over thousands. We have
-    tens, and KL follows β about five iterations later, so a gain that is large enough makes KL
-    swing unless the second term brakes.
+    tens, and KL follows β about five iterations later: with a gain large enough for that, KL swings
+    unless the second term brakes.
     """
-    def clip(x):
-        return max(-LIMIT, min(LIMIT, x))
-
-    return beta * math.exp(GAIN * clip(kl / target - 1) + BRAKE * clip((kl - last_kl) / target))
+    above, rise = (max(-LIMIT, min(LIMIT, x)) for x in (kl / target - 1, (kl - last_kl) / target))
+    return beta * math.exp(GAIN * above + BRAKE * rise)
 
 
 class ValueModel(RewardModel):
     """V(x, y_<t): a GPT's body with a scalar head, 0 at first, read at every position."""
 
     def forward(self, idx):
-        """idx (B, T) -> (B, T) float32: [b, t] is the value before token t is drawn, computed from
-        the hidden state at t - 1. Column 0 is 0."""
+        """idx (B, T) -> (B, T) float32: the value before each token is drawn, and 0 in column 0."""
         hidden = self.body.hidden(idx[:, :-1])
         with torch.autocast(idx.device.type, enabled=False):  # a bf16 value has 3 digits
             return F.pad(self.score(hidden.float())[..., 0], (1, 0))
@@ -136,9 +131,9 @@ LOGGED = "policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm",
 class PPO:
     """Trains `policy` in place and never changes `reference`. Both are on one device.
 
-    reward(prompts, completions) -> (N,) float32; sample(model, prompts, seed) -> completions;
-    autocast() is the context of the forward passes, of which each takes `batch_size` sequences at
-    most. last: (prompts, completions) of the last step, for another reward to score.
+    reward(prompts, completions) -> (N,) float32 on the CPU; β is in its units. sample(model,
+    prompts, seed) -> completions. autocast() is the context of the forward passes, each of
+    `batch_size` sequences at most. last: the last step's (prompts, completions).
     """
 
     def __init__(self, policy: GPT, reference: GPT, reward: Callable, sample: Callable, eos: int,
@@ -169,14 +164,13 @@ class PPO:
         All randomness is a function of `seed`: give each iteration another one. kl: the mean of
         log π(y|x)/π_ref(y|x); reward: the mean score; entropy: the mean of -log π per token.
         These, length, eos and explained_variance describe the samples before any network learns
-        from them; beta and lr (the policy's rate) are this iteration's. The rest are means over the
-        optimizer steps (of the value network alone during warm-up), among them approx_kl,
-        KL(π_old ‖ π) per token. A loss that is not finite makes its value here not finite, and the
-        networks are then lost.
+        from them; beta and lr (the policy's) are this iteration's. The rest are means over the
+        optimizer steps (in warm-up the value network's alone); approx_kl is KL(π_old ‖ π) per
+        token. A loss that is not finite shows here, and the networks are then lost.
         """
         c, generator = self.config, torch.Generator().manual_seed(seed)
-        completions = self.sample(self.policy, prompts,
-                                  int(torch.randint(2**62, (), generator=generator)))
+        sample_seed = int(torch.randint(2**62, (), generator=generator))
+        completions = self.sample(self.policy, prompts, sample_seed)
         scores = self.reward(prompts, completions)
         idx, mask, lengths, (logps, ref_logps, values) = self.score_rollouts(prompts, completions)
         rewards = token_rewards(scores.to(logps), logps, ref_logps, mask, self.beta)
@@ -190,19 +184,18 @@ class PPO:
                                      / targets.var(correction=0).clamp(min=1e-8)))
         rollouts = idx, mask, logps, whiten(advantages, mask), returns
         row |= self.optimize(step, rollouts, lengths, generator)
-        self.last = prompts, completions
         if c.target and step >= c.warmup:
             self.beta = adaptive_kl_beta(self.beta, row["kl"], self.kl, c.target)
-        self.kl = row["kl"]
+        self.kl, self.last = row["kl"], (prompts, completions)
         return row
 
     @torch.no_grad()
     def score_rollouts(self, prompts, completions):
-        """Pads N rollouts and scores their tokens: idx (N, T), mask (N, T), lengths (N,), and
-        log π, log π_ref, V: (3, N, T), 0 outside the mask."""
+        """Pads and scores N rollouts: idx (N, T), mask (N, T), lengths (N,), and log π, log π_ref,
+        V: (3, N, T), 0 outside the mask."""
         idx, prompt_lens, lengths = pad_rows(prompts, completions)
-        mask = completion_mask(prompt_lens, lengths, idx.size(1))
-        idx, mask = idx.to(self.device), mask.to(self.device)
+        mask = completion_mask(prompt_lens, lengths, idx.size(1)).to(self.device)
+        idx = idx.to(self.device)
         scores = torch.zeros(3, *idx.shape, device=self.device)
         for rows in length_buckets(lengths, self.batch_size):
             i, m = trim_padding((idx, mask), rows, lengths)
@@ -219,8 +212,8 @@ class PPO:
         """
         c, logs, n = self.config, [], min(self.config.minibatches, len(lengths))
         decay = min(1, 2 * (c.steps - step) / max(1, c.steps - c.warmup))
-        for group, lr in zip(self.optimizer.param_groups, (c.lr * decay, c.value_lr)):
-            group["lr"] = lr
+        policy_group, value_group = self.optimizer.param_groups
+        policy_group["lr"], value_group["lr"] = c.lr * decay, c.value_lr
         for _ in range(c.epochs):
             for part in torch.randperm(len(lengths), generator=generator).tensor_split(n):
                 logs.append(self.update(rollouts, lengths, part, step < c.warmup))
@@ -259,8 +252,7 @@ def trim_padding(tensors, rows: Tensor, lengths: Tensor) -> list[Tensor]:
 
 def ppo(job: Job, run: Run) -> None:
     """r_φ -> π_θ by Eq. 3."""
-    sd = read_json(job.folder("rm") / "report.json")["sd"]
-    train_ppo(job, run, learned_reward(job), sd)
+    train_ppo(job, run, learned_reward(job), read_json(job.folder("rm") / "report.json")["sd"])
 
 
 def ppo_gt(job: Job, run: Run) -> None:
@@ -271,8 +263,7 @@ def ppo_gt(job: Job, run: Run) -> None:
 def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
     """PPO on the training prompts of the groups.
 
-    sd: the reward's standard deviation over π_ref's samples. β is in units of it, so that one value
-    fits rewards of any scale.
+    sd: the reward's standard deviation over π_ref's samples. --ppo-beta is in units of it.
     """
     cfg, stage = job.cfg, run.about["stage"]
     policy, reference = job.load_reference(), job.load_reference()
@@ -292,10 +283,8 @@ def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
             row["true_reward"] = float(job.reward(*method.last).mean())
         return row
 
-    def evaluation() -> dict:
-        return evaluate_policy(job, policy, reference, reward)
-
-    point = resumable(job, run, dict(ppo=method), cfg.ppo_steps, step, evaluation, cfg.eval_every)
+    point = resumable(job, run, dict(ppo=method), cfg.ppo_steps, step,
+                      lambda: evaluate_policy(job, policy, reference, reward), cfg.eval_every)
     finish_method(job, run, policy, point)
 
 
@@ -305,6 +294,6 @@ def no_fp16(cfg: Settings, parents: list[str]) -> list[str]:
 
 
 STAGES["ppo"] = Stage(ppo, lambda cfg: no_fp16(cfg, ["groups", "rm", *parents_of_groups(cfg)]),
-                      report=functools.partial(report, stage="ppo"))
+                      report=lambda job: report(job, "ppo"))
 STAGES["ppo-gt"] = Stage(ppo_gt, lambda cfg: no_fp16(cfg, needs_true_reward(cfg, "ppo-gt")),
-                         report=functools.partial(report, stage="ppo-gt"))
+                         report=lambda job: report(job, "ppo-gt"))

@@ -1,7 +1,5 @@
 """How a method's learning rate is chosen: four are tried at one setting, and the one that makes the
-largest share of the optimal gain on validation prompts is kept. Test prompts play no part in it.
-
-Knows nothing of runs and files: sweep.py makes the runs and hands over their points.
+largest share of the optimal gain on validation prompts is kept. sweep.py makes the runs.
 """
 
 import math
@@ -18,9 +16,8 @@ def candidates(cfg, methods: dict) -> list[tuple[str, str, float]]:
 def share(points: list[dict], reference_eval: dict, top: float) -> float:
     """The share of the optimum's gain in reward at a run's KL that the run makes itself.
 
-    The mean over the second half of its points, where the rate has decayed, as far as their KL is
-    at most `top`. If none is, minus the last KL: then the nearest run is chosen. The optimum's
-    curve depends on no policy: the groups stage computes it from π_ref's samples.
+    The mean over those of its last half of points, where the rate has decayed, whose KL is at most
+    `top`. Where there is none, minus the last KL: then the nearest run is chosen.
     """
     kl, best = zip(*sorted((p["kl"], p["reward"]) for p in reference_eval["optimum"]))
     shares = [(p["valid_reward"] - reference_eval["valid_reward"])
@@ -31,13 +28,11 @@ def share(points: list[dict], reference_eval: dict, top: float) -> float:
 
 def rate_table(shares: dict[tuple[str, str, float], float | None]) -> list[dict]:
     """Every candidate with its share (None: it diverged), and whether it was chosen."""
-    best = {}
-    for (method, _, rate), value in shares.items():
-        if value is not None and value > best.get(method, (-math.inf, 0))[0]:
-            best[method] = value, rate
-    return [dict(method=method, setting=setting, rate=rate, share=value,
-                 chosen=best.get(method) == (value, rate))
-            for (method, setting, rate), value in shares.items()]
+    known = {c: value for c, value in shares.items() if value is not None}
+    best = [max((c for c in known if c[0] == method), key=known.get)
+            for method in {c[0] for c in known}]
+    return [dict(method=c[0], setting=c[1], rate=c[2], share=value, chosen=c in best)
+            for c, value in shares.items()]
 
 
 def chosen_rates(table: list[dict]) -> dict[str, float]:

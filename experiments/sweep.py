@@ -2,9 +2,8 @@
 
     python train.py --stage frontier
 
-A method's learning rate is chosen at one setting (rates.py); then each of its settings runs at that
-rate and is evaluated at regular steps on test prompts, the same for all methods. A run is a stage
-of the table STAGES with settings of its own; run_parallel makes many at once.
+A method's learning rate is chosen at one setting (rates.py). Each setting runs at that rate and is
+evaluated at regular steps on the same test prompts. Every run is a stage of the table STAGES.
 
 P prompts, K samples per prompt.
 """
@@ -105,7 +104,7 @@ def planned(cfg: Settings, method: str, setting: str, rate: float, seed: int = 0
 
 
 def tried(cfg: Settings) -> dict[tuple, Planned]:
-    """The runs among which the rates are chosen, by candidate."""
+    """Candidate -> its run: those among which the rates are chosen."""
     return {c: planned(cfg, *c) for c in candidates(cfg, methods_of(cfg))}
 
 
@@ -128,8 +127,8 @@ def compared(job: Job) -> int:
 def evaluations(job: Job, p: Planned) -> list[dict]:
     """The points of a finished run, each with its step and what the run cost until then.
 
-    samples: completions drawn, those of the preferences that it learns from included. seconds:
-    those of its own steps.
+    samples: completions drawn, also those of the preferences that it learns from. seconds: of its
+    own steps.
     """
     folder, ppo = job.beside(p.cfg).folder(p.stage), p.stage in ("ppo", "ppo-gt")
     drawn = 0 if p.stage == "ppo-gt" else compared(job)
@@ -148,7 +147,6 @@ def evaluations(job: Job, p: Planned) -> list[dict]:
 
 
 def tried_rates(job: Job) -> list[dict]:
-    """The table of learning rates tried."""
     top = kl_range(job.preset)[1]
     return rate_table({c: share(evaluations(job, p), job.reference_eval, top)
                        if finished(job, p.stage, p.cfg) else None
@@ -161,16 +159,13 @@ def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) 
     """Make runs whose parents are there, `jobs` at once: folder name -> hash of its last file.
 
     wanted: (stage, settings). done(stage, settings, error) is called as each ends; error is None or
-    Diverged. Any other exception kills the workers and is raised; a run that was killed goes on
-    from its last checkpoint when the same command is given again.
+    Diverged. Any other exception kills the workers and is raised; the same command goes on.
     """
     hashes = {}
 
-    def finish(stage, cfg, error=None):
+    def finish(stage, cfg, result):
         try:
-            if not error:  # after a worker this finds the run and checks its identity
-                run = job.beside(cfg)
-                hashes[run.folder(stage).name] = build_quietly(run, stage)
+            hashes[job.beside(cfg).folder(stage).name], error = result(), None
         except Diverged as diverged:
             error = diverged
         done(stage, cfg, error)
@@ -178,7 +173,7 @@ def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) 
     missing = [w for w in wanted if not finished(job, *w)] if jobs > 1 else []
     for stage, cfg in wanted:
         if (stage, cfg) not in missing:
-            finish(stage, cfg)
+            finish(stage, cfg, lambda: build_quietly(job.beside(cfg), stage))
     if not missing:
         return hashes
     spawn = multiprocessing.get_context("spawn")
@@ -190,10 +185,7 @@ def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) 
                        for stage, cfg in missing}
             signal.signal(signal.SIGINT, handler)
             for future in as_completed(futures):
-                error = future.exception()
-                if error and not isinstance(error, Diverged):
-                    raise error
-                finish(*futures[future], error)
+                finish(*futures[future], future.result)
         except BaseException as error:
             for child in multiprocessing.active_children():
                 child.kill()
@@ -204,9 +196,9 @@ def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) 
     return hashes
 
 
-def in_worker(preset: str, cfg: Settings, command: list[str], stage: str) -> None:
+def in_worker(preset: str, cfg: Settings, command: list[str], stage: str) -> str:
     torch.set_num_threads(cfg.threads)
-    build_quietly(Job(preset, cfg, command), stage)
+    return build_quietly(Job(preset, cfg, command), stage)
 
 
 def build_quietly(job: Job, stage: str) -> str:
@@ -217,11 +209,8 @@ def build_quietly(job: Job, stage: str) -> str:
 
 def end_with_parent() -> None:
     """A worker ends when its parent is killed."""
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def make_runs(job: Job) -> dict[str, str]:
@@ -254,14 +243,14 @@ def make_runs(job: Job) -> dict[str, str]:
             bar.update()
             bar.write(f"  {next(count)} of {total} runs; {what}")
 
-        def make(*others, runs):
-            plans.update({(p.stage, p.cfg): p for p in runs})
-            wanted = [*((stage, cfg) for stage in others), *((p.stage, p.cfg) for p in runs)]
-            hashes.update(run_parallel(job, wanted, jobs, done))
+        def make(others, runs):
+            mine = {(p.stage, p.cfg): p for p in runs}
+            plans.update(mine)
+            hashes.update(run_parallel(job, [*((x, cfg) for x in others), *mine], jobs, done))
 
-        make("rm", runs=[p for p in first if p.stage != "ppo"])
-        make("best-of-n", runs=[p for p in first if p.stage == "ppo"])  # these need r_φ
-        make(runs=[p for p in finals(cfg, chosen_rates(tried_rates(job))) if p not in first])
+        make(["rm"], [p for p in first if p.stage != "ppo"])
+        make(["best-of-n"], [p for p in first if p.stage == "ppo"])  # these need r_φ
+        make([], [p for p in finals(cfg, chosen_rates(tried_rates(job))) if p not in first])
     if diverged:
         print(f"  {len(diverged)} runs diverged and are left out: {'; '.join(diverged)}")
     return hashes
@@ -271,7 +260,7 @@ def make_runs(job: Job) -> dict[str, str]:
 
 def frontier(job: Job, run: Run) -> None:
     """All points of the sweep in frontier.jsonl; rates.json says how the rates were chosen."""
-    cfg, reference, reference_eval = job.cfg, job.load_reference(), job.reference_eval
+    reference, reference_eval = job.load_reference(), job.reference_eval
     state = load_tensors(job.folder("best-of-n") / "samples.pt")
     config, size = reference.config, sum(p.numel() for p in reference.parameters()) / 1e6
     base = np.array(reference_eval["point"]["rewards"])
@@ -286,34 +275,39 @@ def frontier(job: Job, run: Run) -> None:
     lines = [line("sft", "", reference_eval["point"], samples=0,
                   reward_learned=float(state["learned"].mean()))]
     table = tried_rates(job)
-    plans = [p for p in finals(cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
+    plans = [p for p in finals(job.cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
     for p in plans:
         for point in evaluations(job, p):
             if p.stage == "dpo":  # its reward model is itself
                 point["reward_learned"] = p.cfg.beta * point["kl_mc"]
             lines.append(line(p.method, p.setting, point, p.cfg.run_seed))
     lines += sampled_lines(job, state, base, line)
-    if cfg.temperatures:
+    if job.cfg.temperatures:
         lines += temperature_lines(job, plans, reference, line)
     save_json(run.path("rates.json"), table)
     run.finish(lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in lines))
 
 
+def best_point(rewards, N: int) -> dict:
+    """The point of Best-of-N from rewards (P,) of the samples that it chose."""
+    kl = best_of_kl(N)
+    return dict(reward=float(rewards.mean()), reward_se=standard_error(rewards), kl=kl, kl_se=0.0,
+                rewards=[round(x, 4) for x in rewards.tolist()],
+                kls=[round(kl, 4)] * len(rewards), seconds=None)
+
+
 def sampled_lines(job: Job, state: dict, base, line) -> list[dict]:
-    """Best-of-N by r* and by r_φ, and the optimum: from π_ref's samples (P, K), untrained."""
+    """Best-of-N by r* and by r_φ, and the optimum, all from π_ref's samples (P, K)."""
     r, learned = state["rewards"], state["learned"]
     win = torch.from_numpy(pairwise_accuracy(r.numpy().round(4), base[:, None].astype(np.float32)))
-    P, lines = len(r), []
+    lines = []
     for method, scores, drawn in (("best-of-n", r, 0),
                                   ("best-of-n-learned", learned, compared(job))):
         for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= job.cfg.best_of):
-            best, kl = expected_best(scores, r, N), best_of_kl(N)
-            lines.append(line(method, f"N={N}", dict(
-                reward=float(best.mean()), reward_se=standard_error(best), kl=kl, kl_se=0.0,
-                rewards=[round(x, 4) for x in best.tolist()], kls=[round(kl, 4)] * P,
-                win=float(expected_best(scores, win, N).mean()),
-                reward_learned=float(expected_best(scores, learned, N).mean()),
-                seconds=None, samples=drawn + P * N)))
+            lines.append(line(method, f"N={N}", best_point(expected_best(scores, r, N), N),
+                              win=float(expected_best(scores, win, N).mean()),
+                              reward_learned=float(expected_best(scores, learned, N).mean()),
+                              samples=drawn + len(r) * N))
     sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
     for x, point in zip(sharpness, jackknife_optimum(r, [1 / x for x in sharpness])):
         lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), seconds=None,
@@ -324,8 +318,7 @@ def sampled_lines(job: Job, state: dict, base, line) -> list[dict]:
 def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
     """Points at temperatures below 1: of one policy per method, the best on validation prompts
     inside the compared range of KL; of π_ref; and of Best-of-N by r_φ on samples so drawn."""
-    policies, prompts = [("sft", "", {}, reference)], job.reference_eval["prompts"]
-    top = kl_range(job.preset)[1]
+    policies, top = [("sft", "", {}, reference)], kl_range(job.preset)[1]
     for method in ("dpo", "ppo", "preferred-ft"):
         last = [(evaluations(job, p)[-1], p) for p in plans if p.method == method]
         near = [x for x in last if x[0]["valid_kl"] <= top] or last
@@ -334,20 +327,17 @@ def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
             policies.append((method, p.setting, dict(seed=p.cfg.run_seed, step=point["step"]),
                              job.beside(p.cfg).policy(p.stage)))
     lines, learned, N = [], learned_reward(job), min(16, job.cfg.best_of)
+    prompts = job.reference_eval["prompts"]
     repeated = [p for p in prompts for _ in range(N)]
     for t in TEMPERATURES:
         lines += [line(method, setting, job.evaluate(policy, reference, prompts, temperature=t),
                        **more) for method, setting, more, policy in policies]
-        samples = job.sample(reference, repeated, seed_of(
-            job.cfg, "best-of-n", f"temperature {t}"), temperature=t)
+        seed = seed_of(job.cfg, "best-of-n", f"temperature {t}")
+        samples = job.sample(reference, repeated, seed, temperature=t)
         best = learned(repeated, samples).view(-1, N).argmax(1).tolist()
         rewards = job.reward(prompts, [samples[i * N + k] for i, k in enumerate(best)])
-        kl = best_of_kl(N)  # to π_ref at this temperature
-        lines.append(line("best-of-n-learned", f"N={N}", dict(
-            temperature=t, kl=kl, kl_se=0.0, kls=[round(kl, 4)] * len(prompts),
-            reward=float(rewards.mean()), reward_se=standard_error(rewards),
-            rewards=[round(x, 4) for x in rewards.tolist()], seconds=None,
-            samples=compared(job) + len(samples))))
+        lines.append(line("best-of-n-learned", f"N={N}", best_point(rewards, N), temperature=t,
+                          samples=compared(job) + len(samples)))  # KL: to π_ref at temperature t
     return lines
 
 

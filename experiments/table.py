@@ -1,7 +1,4 @@
-"""The table of a frontier: what each method reaches at a given KL, with bootstrap intervals, and
-what it cost.
-
-Draws nothing (experiments/figures.py), and knows nothing of models.
+"""The table of a frontier: each method's reward at a KL, with bootstrap intervals, and its cost.
 
 P prompts, n points, R bootstrap replicates, the first of which is the sample itself.
 """
@@ -17,8 +14,8 @@ def replicates(points: list[dict], counts, rng) -> tuple[np.ndarray, np.ndarray]
     """KL and reward (R, n) in each replicate of a method's n different (setting, step)s.
 
     They are means over the drawn prompts and seeds. counts (R, P): how often each prompt was drawn.
-    A setting's seeds are drawn here, and once for all settings that have the same seeds. NaN where
-    none of the seeds of a (setting, step) was drawn.
+    Seeds are drawn here, once for all settings that have the same; NaN where a (setting, step) has
+    none of those drawn.
     """
     seeds = {setting: tuple(sorted({p["seed"] for p in points if p["setting"] == setting}))
              for setting in dict.fromkeys(p["setting"] for p in points)}
@@ -42,8 +39,8 @@ def interval(values) -> tuple[float, float, float] | None:
     sample's by as much as the sample's lies above the truth. Quantiles would be too high twice.
     """
     value = float(values[0])
-    return None if math.isnan(value) else \
-        (value, *(2 * value - np.percentile(values[1:], (97.5, 2.5))).tolist())
+    ends = 2 * value - np.percentile(values[1:], (97.5, 2.5))
+    return None if math.isnan(value) else (value, *ends.tolist())
 
 
 def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict]:
@@ -51,8 +48,8 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
 
     reward: KL -> (value, low, high) on the method's envelope, None past its largest KL.
     share: KL -> the same for its part of the optimal gain, (r - r_ref) / (r_opt - r_ref).
-    The 95 % intervals are over seeds and prompts. A replicate has the same prompts for all methods,
-    so shares are paired.
+    The 95 % intervals are over seeds and prompts; shares are paired, as a replicate has the same
+    prompts for all methods.
     seconds, samples: sums over runs (one per setting and seed), each at its last point. For the
     optimum and Best-of-N the largest: all their settings share one draw of samples.
     """
@@ -78,7 +75,7 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
                    seeds=len({p["seed"] for p in mine}),
                    reward=dict(zip(kls, map(interval, values.T))),
                    share=dict(zip(kls, map(interval, shares.T))))
-        total = max if method == "optimum" or method.startswith("best-of-n") else sum
+        total = max if method.startswith(("optimum", "best-of-n")) else sum
         for key in ("seconds", "samples"):
             known = [p[key] for p in last.values() if p[key] is not None]
             row[key] = total(known) if known else None
@@ -87,11 +84,10 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
 
 
 def excesses(points: list[dict]) -> list[tuple[float, dict]]:
-    """(excess over the optimum in standard errors, point), largest first.
+    """(excess over the optimum in standard errors, point), largest first, where it is reliable.
 
-    Only for points between the reliable points of the optimum. Paired: mean and standard error over
-    prompts of r - r_opt - slope (KL - KL_opt), where the optimum is the mixture of its two
-    neighbouring points that has the point's KL. The error is thus that of both.
+    Paired: mean and standard error over prompts of r - r_opt - slope (KL - KL_opt). The optimum is
+    the mixture of its two neighbouring points that has the point's KL. The error is that of both.
     """
     best, found = reliable_optimum(points), []
     k, r = (np.array([p[key] for p in best]) for key in ("kls", "rewards"))  # (n, P) each
@@ -113,8 +109,9 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
     kls, ref = kl_range(points[0]["preset"])[0], reference(points)
 
     def cell(x):
-        return "-" if x is None else "{:.3f} ({:.3f}, {:.3f})".format(*x) \
-            if isinstance(x, tuple) else f"{x:,.0f}"
+        if isinstance(x, tuple):
+            return "{:.3f} ({:.3f}, {:.3f})".format(*x)
+        return "-" if x is None else f"{x:,.0f}"
 
     def block(title, names, cells):
         lines = [["method", *names], *([r["method"], *map(cell, c)] for r, c in zip(rows, cells))]

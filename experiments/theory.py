@@ -81,8 +81,8 @@ def normaliser(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
 def uniqueness_gap(ref_logp: Tensor, r1: Tensor, r2: Tensor, beta: float) -> Tensor:
     """Proposition 1 · r ~ r' ⇒ f(r) = f(r'): exactly one member of a class obeys Eq. 9.
 
-    -> (...): the largest difference of the two projections. For the projection plus f(x) the sum
-    of Eq. 9 is exp(f(x)/β), which is 1 only where f(x) = 0.
+    -> (...): the largest difference of the two projections. A projection plus f(x) has Eq. 9's sum
+    exp(f(x)/β), which is 1 only where f(x) = 0.
     """
     gap = project_reward(ref_logp, r1, beta) - project_reward(ref_logp, r2, beta)
     return gap.abs().amax(-1)
@@ -92,9 +92,8 @@ def soft_advantage(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: f
                    value: float | Tensor) -> Tensor:
     """Eq. 10 · max_π E_π[r_φ(x,y) - β log Σ_y π_ref exp(r_φ/β) - β log π(y|x)/π_ref(y|x)].
 
-    Any equal shapes -> the bracket. `value` is its middle term, β log_partition, the soft value.
-    It depends on x alone, so any other baseline, 0 included, gives the same mean policy gradient.
-    The variance of that gradient does depend on it.
+    Any equal shapes -> the bracket. `value` is its middle term, the soft value. It depends on x
+    alone: any other baseline, 0 included, gives the same mean policy gradient, of another variance.
     """
     return rewards - value - dpo.implicit_reward(pi_logps, ref_logps, beta)
 
@@ -119,20 +118,19 @@ def policy_gradient(world: World, beta: float, logp: Tensor, value: Tensor,
 def section5_rows(world: World) -> Iterator[Row]:
     ref, r, beta = world.ref, world.r, 0.5
     f = 5 * world.randn(len(r), 1)
+    r2 = r + f
     member, projected = class_member(ref, r, beta), project_reward(ref, r, beta)
-    yield "Definition 1", "r + f(x) is in r's class", max_gap(class_gap(r, r + f)), 1e-12
-    yield "Lemma 1", "r + f(x) has r's preferences", max_gap(preference_gap(r, r + f)), 1e-12
-    optima = max_gap(optimum_gap(ref, r, r + f, beta))
-    yield "Lemma 2", "r + f(x) has r's optimum: KL", optima, 1e-12
+    yield "Definition 1", "r + f(x) is in r's class", max_gap(class_gap(r, r2)), 1e-12
+    yield "Lemma 1", "r + f(x) has r's preferences", max_gap(preference_gap(r, r2)), 1e-12
+    yield "Lemma 2", "r + f(x) has r's optimum: KL", max_gap(optimum_gap(ref, r, r2, beta)), 1e-12
     yield "Theorem 1", "β log π_r/π_ref is in r's class", max_gap(class_gap(member, r)), 1e-12
     yield "Eq. 8", "the projection is in r's class", max_gap(class_gap(projected, r)), 1e-12
     yield "Eq. 8", "and is Theorem 1's member", max_gap(projected, member), 1e-12
     yield "Eq. 9", "holds for the projection", max_gap(normaliser(ref, projected, beta), 1), 1e-12
-    unique = uniqueness_gap(ref, r, r + f, beta)
-    yield "Proposition 1", "r and r + f(x) have the same projection", max_gap(unique), 1e-12
-    off = beta * normaliser(ref, projected + f, beta).log()
-    yield "Proposition 1", "off it by f(x), Eq. 9's sum is exp(f(x)/β)", \
-        max_gap(off, f[:, 0]), 1e-12
+    unique = max_gap(uniqueness_gap(ref, r, r2, beta))
+    yield "Proposition 1", "r and r + f(x) have the same projection", unique, 1e-12
+    off = max_gap(beta * normaliser(ref, projected + f, beta).log(), f[:, 0])
+    yield "Proposition 1", "off it by f(x), Eq. 9's sum is exp(f(x)/β)", off, 1e-12
 
     theta = world.randn(*r.shape).requires_grad_()
     auto, = torch.autograd.grad(dpo.objective(theta.log_softmax(-1), ref, r, beta).sum(), theta)
@@ -143,9 +141,8 @@ def section5_rows(world: World) -> Iterator[Row]:
                  "learned value": (soft + world.randn(len(r), 1) / 4, one),  # with some error
                  "soft value": (soft, one)}
     moments = {name: policy_gradient(world, beta, pi, *b) for name, b in baselines.items()}
-    means = torch.stack([mean for mean, _ in moments.values()])
-    yield "Eq. 10", "4 baselines, one mean policy gradient: that of Eq. 3", \
-        max_gap(means, auto), 1e-12
+    gap = max_gap(torch.stack([mean for mean, _ in moments.values()]), auto)
+    yield "Eq. 10", "4 baselines, one mean policy gradient: that of Eq. 3", gap, 1e-12
     _, variance = policy_gradient(world, beta, dpo.optimal_policy(ref, r, beta), soft, one)
     yield "Eq. 10", "with the soft value its variance is 0 at π_r", max_gap(variance), 1e-12
     for name, (_, variance) in moments.items():
@@ -170,20 +167,18 @@ def draw_frontier(world: World, path: Path) -> None:
     """Reward against KL: π_r of Eq. 4 for many β, and the policies at the minimum of Eq. 7."""
     from matplotlib.figure import Figure  # without pyplot: it writes files and opens no window
 
-    def point(logp):
-        reward = (logp.exp() * world.r).sum(-1).mean()
-        return float(dpo.kl_divergence(logp, world.ref).mean()), float(reward)
+    def plot(policies, style, label):
+        logps = torch.stack(list(policies))  # (points, P, K)
+        kl, rewards = dpo.kl_divergence(logps, world.ref), (logps.exp() * world.r).sum(-1)
+        axes.plot(kl.mean(-1), rewards.mean(-1), style, label=label, fillstyle="none", ms=9)
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    curve = [point(dpo.optimal_policy(world.ref, world.r, float(beta)))
-             for beta in torch.logspace(-1.7, 2, 200)]
-    axes.plot(*zip(*curve), color="grey", label="π_r of Eq. 4, every β")
+    plot((dpo.optimal_policy(world.ref, world.r, float(beta))
+          for beta in torch.logspace(-1.7, 2, 200)), "grey", "π_r of Eq. 4, every β")
     for beta, marker in zip(BETAS, "osD^"):
-        found = [point(world.solve(beta, world.p, frequency))
-                 for frequency in world.frequencies.values()]
-        axes.plot(*zip(*found), marker, fillstyle="none", ms=9, ls="",
-                  label=f"minimum of Eq. 7, β = {beta:g}")
+        plot((world.solve(beta, world.p, frequency) for frequency in world.frequencies.values()),
+             marker, f"minimum of Eq. 7, β = {beta:g}")
     axes.set(xlabel="KL(π ‖ π_ref), nats per completion", ylabel="mean reward E_π r(x,y)",
              title=f"{len(world.r)} prompts, {world.r.size(1)} completions each, enumerated")
     axes.legend()
@@ -200,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="the figure (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # as in dpo.main
-    failed = dpo.print_rows(row for rows in (section5_rows, ranking_rows) for row in rows(World()))
+    failed = dpo.print_rows(itertools.chain(section5_rows(World()), ranking_rows(World())))
     draw_frontier(World(), args.out)
     print(f"the figure: {args.out}")
     return failed

@@ -1,7 +1,6 @@
 """GPT-2 checkpoints in the Hugging Face layout: read into our GPT, and written from it.
 
-A folder holds config.json and model.safetensors or pytorch_model.bin. The model is handed in, so
-that this file knows none.
+A folder holds config.json and model.safetensors or pytorch_model.bin.
 """
 
 import json
@@ -12,11 +11,14 @@ from pathlib import Path
 
 import torch
 
-from support.runs import UserError, load_tensors, os_errors, write_whole
+from support.runs import UserError, load_tensors, os_errors, save_json, write_whole
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+KIND = dict(  # what GPT-2 is by its config.json, besides its sizes
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+    scale_attn_weights=True, tie_word_embeddings=True, scale_attn_by_inverse_layer_idx=False)
 GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 
 
@@ -54,11 +56,8 @@ def read_config(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
         raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give "
                         f"one of {', '.join(GPT2_NAMES)} or a folder with one") from None
-    raw["n_inner"] = raw.get("n_inner") or 4 * raw["n_embd"]
-    wanted = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                  n_inner=4 * raw["n_embd"], scale_attn_weights=True, tie_word_embeddings=True,
-                  scale_attn_by_inverse_layer_idx=False)
-    for key, value in wanted.items():
+    raw["n_inner"] = raw.get("n_inner") or 4 * raw["n_embd"]  # null or absent
+    for key, value in dict(KIND, n_inner=4 * raw["n_embd"]).items():
         if raw.get(key, value) != value:
             raise UserError(f"{folder}/config.json: {key} is {raw[key]!r}; GPT-2's is {value!r}")
     return config
@@ -67,9 +66,9 @@ def read_config(folder: Path) -> dict:
 def read_weights(folder: Path) -> dict:
     """The tensors of model.safetensors (8-byte length, JSON, raw bytes) or pytorch_model.bin."""
     path, pickled = (folder / name for name in WEIGHTS)
+    if not path.exists() and not pickled.exists():
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
     if not path.exists():
-        if not pickled.exists():
-            raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
         tensors = load_tensors(pickled)
         if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
             raise UserError(f"{pickled} does not hold tensors by name")
@@ -82,14 +81,13 @@ def read_weights(folder: Path) -> dict:
         length = struct.unpack("<Q", raw[:8])[0]
         header = dict(json.loads(raw[8 : 8 + length]))
         header.pop("__metadata__", None)
-        data, tensors = memoryview(raw)[8 + length :], {}
-        for key, item in header.items():
-            flat = torch.frombuffer(data[slice(*item["data_offsets"])], dtype=dtypes[item["dtype"]])
-            tensors[key] = flat.view(item["shape"])
+        data = memoryview(raw)[8 + length :]
+        return {key: torch.frombuffer(data[slice(*item["data_offsets"])],
+                                      dtype=dtypes[item["dtype"]]).view(item["shape"])
+                for key, item in header.items()}
     except (ValueError, KeyError, TypeError, struct.error, RuntimeError) as e:
         raise UserError(f"{path} is truncated or no safetensors file ({e}): delete it, and fetch "
                         "it again") from None
-    return tensors
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -102,7 +100,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     for key, p in model.state_dict().items():  # they share the parameters' memory
         w = state.pop(key, None)
         if w is not None and key.endswith(CONV1D):
-            w = w.t()  # GPT-2 was trained with weights of shape (in, out)
+            w = w.t()  # GPT-2's have the shape (in, out)
         if w is None or w.shape != p.shape:
             got = "nothing" if w is None else f"shape {tuple(w.shape)}"
             raise UserError(f"{folder}: {key} should have shape {tuple(p.shape)} by its "
@@ -115,26 +113,22 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 def save(model: torch.nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors, for AutoModelForCausalLM.from_pretrained."""
-    folder = Path(folder)
+    folder, c = Path(folder), model.config
     with os_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    c = model.config
     config = dict(
-        model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new",
-        vocab_size=c.vocab_size, n_positions=c.n_ctx, n_ctx=c.n_ctx, n_embd=c.n_embd,
-        n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5, resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True,
-        torch_dtype="float32", bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
+        KIND, architectures=["GPT2LMHeadModel"], torch_dtype="float32", vocab_size=c.vocab_size,
+        n_positions=c.n_ctx, n_ctx=c.n_ctx, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
     header, blobs, offset = {"__metadata__": {"format": "pt"}}, [], 0
     for key, p in model.state_dict().items():
         blobs.append((p.t() if key.endswith(CONV1D) else p).float().cpu().contiguous())
-        end = offset + 4 * p.numel()
-        header["transformer." + key] = dict(
-            dtype="F32", shape=list(blobs[-1].shape), data_offsets=[offset, end])
-        offset = end
+        header["transformer." + key] = dict(dtype="F32", shape=list(blobs[-1].shape),
+                                            data_offsets=[offset, offset + 4 * p.numel()])
+        offset += 4 * p.numel()
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # tensors start on 8 bytes
-    text = json.dumps(config, indent=1).encode()
     write_whole(folder / "model.safetensors", lambda file: file.writelines(
         [struct.pack("<Q", len(head)), head, *(blob.numpy() for blob in blobs)]))
-    write_whole(folder / "config.json", lambda file: file.write(text))
+    save_json(folder / "config.json", config, indent=1)

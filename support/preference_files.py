@@ -20,7 +20,7 @@ def want(ok: bool, what: str) -> None:
 def parse_preference(line: bytes, enc: tiktoken.Encoding) -> tuple[list, list, list | None]:
     """One line -> the prompt's ids, each completion's ids, and rewards or None.
 
-    UserError says what was wanted, for the caller to put the file and the line before it.
+    UserError says what was wanted; the caller puts the file and the line before it.
     """
     try:
         row = json.loads(line)

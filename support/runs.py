@@ -1,12 +1,9 @@
 """A run's folder: what makes a long computation safe to kill at any moment.
 
-Four rules, each a few lines below. A file is written whole or not at all (write_whole). A folder
-belongs to one identity, the hash of its settings and its parents, and to no other (Run.finished).
-One process at a time works in it (flock). What is appended can be cut back to a checkpoint
-(Run.resume). So the same command, run again, goes on where the last checkpoint was.
-
-Knows nothing of models, text or training. Imports the standard library; torch only inside the two
-functions that save and load tensors.
+A file is written whole or not at all (write_whole). A folder belongs to one identity, the hash of
+its settings and its parents (Run.finished). One process at a time works in it (flock). What is
+appended is cut back to the last checkpoint (Run.load_checkpoint). So the same command, run again,
+goes on where that checkpoint was. Imports torch only to save and load tensors.
 """
 
 import fcntl
@@ -35,33 +32,38 @@ def main_exit(main: Callable[[], int | None]) -> int:
         return 2
 
 
-REMEDY = {"read": "check the path, or run the stage that makes it",
+REMEDY = {"read": "check the path; if a stage's file is gone or damaged, delete its folder and run "
+                  "the stage again",
           "write": "free some space or choose another --out, then run the same command again"}
 
 
 @contextmanager
 def os_errors(verb: str, path: Path | str) -> Iterator[None]:
-    """The system's refusal to read or write (full disk, no permission ...) becomes a UserError."""
+    """The system's refusal (full disk, no permission ...) or damaged JSON becomes a UserError."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {REMEDY[verb]}"
-                        ) from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot {verb} {path}: {reason}; {REMEDY[verb]}") from error
 
 
-# ------------------------------------------------------------------------------ small files
+# ------------------------------------------------------------------------------ files
+
+def save_json(path: Path, obj: Any, indent: int | None = None) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(obj, indent=indent).encode()))
+
 
 def read_json(path: Path) -> Any:
-    """What a stage wrote beside its last file. UserError where that is gone or damaged."""
-    with remade(path):
+    """What save_json wrote. UserError where that is gone or damaged."""
+    with os_errors("read", path):
         return json.loads(path.read_bytes())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, up to the first line that a kill or a power cut left torn."""
-    rows = []
-    with remade(path):
+    with os_errors("read", path):
         lines = path.read_bytes().split(b"\n")
+    rows = []
     for line in lines[:-1]:  # what follows the last newline is empty, or torn
         try:
             rows.append(json.loads(line))
@@ -70,31 +72,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@contextmanager
-def remade(path: Path) -> Iterator[None]:
-    """A stage's file that cannot be read becomes a UserError that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', 0) or error}): check the "
-                        f"path; if a stage's file is gone or damaged, delete {path.parent} and run "
-                        "the stage again") from error
-
-
-# ------------------------------------------------------------------------------ whole files
-
-def save_json(path: Path, obj: Any) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(obj).encode()))
-
-
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """Calls write(file) so that path holds all of the new bytes or, at any kill, all of the old.
 
-    UserError naming path when the system refuses; the old file is then intact.
+    UserError when the system refuses; the old file is then intact.
     """
     path = Path(path)
-    # Same folder, because a rename is atomic only inside one filesystem. Not mkstemp: its files are
-    # readable by their owner alone, and the rename would keep that.
+    # In the same folder: a rename is atomic only inside one filesystem. Not mkstemp, whose files
+    # only their owner may read.
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     with os_errors("write", path):
         try:
@@ -105,7 +90,7 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)  # the name itself: a rename is a change of the folder
+        sync(path.parent)  # a rename is a change of the folder
 
 
 def sync(path: Path) -> None:
@@ -130,13 +115,11 @@ def json_hash(obj: Any) -> str:
 
 
 def save_tensors(path: Path | str, obj: Any) -> None:
-    """torch.save, whole or not at all; equal states give equal bytes, so file_hash can name them.
-
-    By way of memory: torch.save into a file reports a full disk as one of several exceptions, and
-    given a name it writes that name, here a random one, into the archive.
-    """
+    """torch.save, whole or not at all. Equal states give equal bytes: file_hash names a state."""
     import torch
 
+    # By way of memory: torch.save into a file reports a full disk as one of several exceptions, and
+    # writes the file's name, here a random one, into the archive.
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
@@ -164,7 +147,7 @@ class Run:
     """A folder with config.json, metrics.jsonl, resume.pt while unfinished, and `final` at the end.
 
     settings and parents (name -> hash) are its identity; about (versions, device, command) is only
-    recorded. To use: `if not run.finished:`, then `with run:` resume, log and checkpoint, finish.
+    recorded. `if not run.finished:`, then `with run:` load_checkpoint, log and checkpoint, finish.
     """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any], parents: dict[str, str],
@@ -173,10 +156,8 @@ class Run:
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as on the disk
         self.parents = dict(parents)
         self.identity = json_hash({"settings": self.settings, "parents": self.parents})
-        self._lock: int | None = None
 
     def path(self, name: str) -> Path:
-        """A file of the folder."""
         return self.folder / name
 
     def _has(self, name: str) -> bool:
@@ -185,21 +166,22 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether `final` is there. Needs read permission only. UserError on another identity."""
+        """Whether `final` is there. UserError on another identity."""
         return self._mine() and self._has(self.final)
 
     def _mine(self) -> bool:
         """Whether the folder's config.json has this identity; False where nothing was begun."""
-        path = self.path("config.json")
         if not self._has("config.json"):
             for name in (self.final, "resume.pt", "metrics.jsonl"):
                 if self._has(name):
                     raise UserError(f"{self.folder} holds {name} but no config.json to say what "
                                     "made it: move it away, or choose another --out")
             return False
+        path = self.path("config.json")
+        with os_errors("read", path):
+            content = path.read_bytes()
         try:
-            with os_errors("read", path):
-                config = json.loads(path.read_bytes())
+            config = json.loads(content)
             settings, parents = dict(config["settings"]), dict(config["parents"])
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged: restore it, or delete {self.folder} and run the "
@@ -216,83 +198,65 @@ class Run:
         """Makes and locks the folder, checks its identity, and clears what a kill left behind."""
         with os_errors("write", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Not a file with a process id, which outlives kill -9: the kernel drops a flock with
-            # the process that holds it. The file stays, since removing it would race.
+            # A file with a process id would outlive kill -9; a flock ends with its process. The
+            # file stays, since removing it would race.
             self._lock = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self._begin()
+            with os_errors("write", self.folder):
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(f"{self.folder} is in use by another process: wait for it to "
+                                    "end, or choose another --out") from error
+                for leftover in self.folder.glob(".*.tmp"):  # of a write_whole that was killed
+                    leftover.unlink()
+            if not self._mine():
+                config = {"identity": self.identity, "settings": self.settings,
+                          "parents": self.parents, "about": self.about}
+                save_json(self.path("config.json"), config, indent=1)
+            if not self._has(self.final) and not self._has("resume.pt"):
+                with os_errors("write", self.folder):
+                    self.path("metrics.jsonl").unlink(missing_ok=True)  # the run starts again
         except BaseException:
-            self.__exit__()
+            os.close(self._lock)
             raise
         return self
 
-    def _begin(self) -> None:
-        with os_errors("write", self.folder):
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.folder} is in use by another process: wait for it to end, "
-                                "or choose another --out") from error
-            for leftover in self.folder.glob(".*.tmp"):  # of a write_whole that was killed
-                leftover.unlink()
-        if not self._mine():
-            config = {"identity": self.identity, "settings": self.settings,
-                      "parents": self.parents, "about": self.about}
-            text = json.dumps(config, indent=1) + "\n"
-            write_whole(self.path("config.json"), lambda file: file.write(text.encode()))
-        if not self._has(self.final) and not self._has("resume.pt"):
-            with os_errors("write", self.folder):
-                self.path("metrics.jsonl").unlink(missing_ok=True)  # the run starts again
-
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
-        self._lock = None
-
-    def resume(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None to start at step 0. Call it before the first log.
-
-        Drops the rows of metrics.jsonl at or past state["step"], which will be logged again.
-        """
-        assert self._lock is not None, "resume() rewrites metrics.jsonl: call it inside `with run:`"
-        if self._has(self.final):
-            raise UserError(f"{self.folder} was finished by another process in the meantime: run "
-                            "the same command again")
-        if not self._has("resume.pt"):
-            return None
-        path = self.path("resume.pt")
-        state = load_tensors(path)
-        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-            raise UserError(f"{path} is no checkpoint of a run: restore it, or delete it and run "
-                            "the same command again, from step 0")
-        rows = [row for row in self.metrics() if row["step"] < state["step"]]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(self.path("metrics.jsonl"), lambda file: file.write(text.encode()))
-        return state
 
     def load_checkpoint(self, parts: dict[str, Any], steps: int) -> int:
         """Puts the last checkpoint back into `parts`, each with state_dict and load_state_dict.
 
-        Returns the step to go on from, 0 without a checkpoint. UserError where it does not fit.
+        Returns the step to go on from, 0 without a checkpoint. Drops the rows of metrics.jsonl from
+        that step on, which will be logged again. UserError where the checkpoint does not fit.
         """
-        state = self.resume()
-        if not state:
+        if self._has(self.final):
+            raise UserError(f"{self.folder} was finished by another process in the meantime: run "
+                            "the same command again")
+        path = self.path("resume.pt")
+        if not self._has("resume.pt"):
             return 0
+        state = load_tensors(path)
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise UserError(f"{path} is no checkpoint of a run: restore it, or delete it and run "
+                            "the same command again, from step 0")
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.path('resume.pt')} is a checkpoint of another configuration "
+            raise UserError(f"{path} is a checkpoint of another configuration "
                             f"({str(error).splitlines()[0]}): delete {self.folder}") from None
+        rows = [row for row in self.metrics() if row["step"] < state["step"]]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(self.path("metrics.jsonl"), lambda file: file.write(text.encode()))
         if state["step"] < steps:
             print(f"  going on at step {state['step']} of {steps}")
         return state["step"]
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl. row["step"]: the step that it belongs to."""
-        assert self._lock is not None, "log() writes: call it inside `with run:`"
-        assert "step" in row, f"a row without its step cannot be cut back by resume(): {row}"
-        line = json.dumps(row) + "\n"
-        path = self.path("metrics.jsonl")
+        line, path = json.dumps(row) + "\n", self.path("metrics.jsonl")
         with os_errors("write", path), open(path, "ab") as file:
             file.write(line.encode())
 
@@ -302,20 +266,18 @@ class Run:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces resume.pt. state is all that going on needs; state["step"], the next step."""
-        assert isinstance(state["step"], int), f"state['step'] is {state['step']!r}, not an int"
         self._save("resume.pt", state)
 
     def finish(self, obj: Any) -> None:
         """Writes `final`, which marks the run finished, and only then removes resume.pt.
 
-        obj: a state for torch.save, or a function write(file) where `final` is another format.
+        obj: a state for save_tensors, or a function write(file) for another format.
         """
         self._save(self.final, obj)
         with os_errors("write", self.folder):
             self.path("resume.pt").unlink(missing_ok=True)
 
     def _save(self, name: str, obj: Any) -> None:
-        assert self._lock is not None, "a run's files are written inside `with run:` only"
         metrics = self.path("metrics.jsonl")
         if self._has("metrics.jsonl"):
             with os_errors("write", metrics):

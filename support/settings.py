@@ -14,8 +14,7 @@ from support.runs import UserError, file_hash, json_hash
 
 
 def opt(group, default, help, choices=None, low=0):
-    return field(default=default,
-                 metadata=dict(group=group, help=help, choices=choices, low=low))
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, low=low))
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,15 @@ class Settings:
 
     # ---- data
     corpus: str = opt("data", "toy", "which reviews", ("toy", "imdb"))
-    reviews: int = opt("data", 20_000, "how many reviews to write (toy), or to read of each split "
-                       "(imdb; 0: all)")
+    reviews: int = opt("data", 20_000, "reviews to write (toy), or of each split (imdb; 0: all)")
     vocab: str = opt("data", "1280", "gpt2, or the size of a BPE trained on the corpus")
     seed: int = opt("data", 0, "seed of the corpus, the weights, the batches and the samples")
     # ---- model
     n_layer: int = opt("model", 2, "blocks", low=1)
     n_head: int = opt("model", 4, "attention heads", low=1)
     n_embd: int = opt("model", 64, "channels", low=1)
-    n_ctx: int = opt("model", 80, "context in tokens; a toy review has 35, a prompt with its "
-                     "completion at most 73", low=10)
+    n_ctx: int = opt("model", 80, "context in tokens; a toy prompt and completion have at most 73",
+                     low=10)
     init: str = opt("model", "", "start from a Hugging Face folder, gpt2, gpt2-medium, gpt2-large")
     precision: str = opt("model", "auto", "of the matrix products; auto: bf16 (or else fp16) on a "
                          "GPU, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16"))
@@ -41,8 +39,7 @@ class Settings:
     # ---- sft: reviews -> π_ref
     sft_steps: int = opt("sft", 900, "optimizer steps", low=1)
     sft_batch: int = opt("sft", 32, "windows per step", low=1)
-    sft_accum: int = opt("run", 1, "micro-batches per step of SFT; more of them take less memory",
-                         low=1)
+    sft_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
     sft_lr: float = opt("sft", 1.2e-2, "peak rate; a tiny model wants ten times GPT-2's")
     sft_warmup: int = opt("sft", 40, "steps of linear warm-up")
     sft_decay: float = opt("sft", 0.01, "weight decay of the matrices")
@@ -59,17 +56,14 @@ class Settings:
     groups: str = opt("groups", "", "other people's preferences instead: a JSONL file")
     reference: str = opt("groups", "", "π_ref of that file: a run's folder or a Hugging Face one")
     prompts: int = opt("groups", 7_500, "prompts (the paper: 25,000)", low=10)
-    num_completions: int = opt("groups", 4, "completions per prompt, K; 4 give 6 pairs (C.1)",
-                               low=2)
+    num_completions: int = opt("groups", 4, "completions per prompt, K; 4 give 6 pairs", low=2)
     max_new_tokens: int = opt("groups", 64, "tokens of a completion at most", low=1)
     eval_prompts: int = opt("groups", 384, "held-out prompts that every policy is judged on", low=2)
-    valid_prompts: int = opt("groups", 128, "other prompts, from validation reviews, on which "
-                             "learning rates are chosen", low=2)
+    valid_prompts: int = opt("groups", 128, "validation prompts, to choose learning rates", low=2)
     optimum_samples: int = opt("groups", 32, "samples of π_ref per held-out prompt, from which "
                                "Eq. 4's optimum is estimated", low=2)
     # ---- rm: groups -> r_φ
-    rm_epochs: int = opt("rm", 3, "passes over the pairs; the best checkpoint on held-out pairs is "
-                         "kept", low=1)
+    rm_epochs: int = opt("rm", 3, "passes; the best checkpoint on held-out pairs is kept", low=1)
     rm_batch: int = opt("rm", 22, "groups per step", low=1)
     rm_lr: float = opt("rm", 1e-3, "peak rate")
     # ---- every method
@@ -86,23 +80,20 @@ class Settings:
     label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*")
     alpha: float = opt("dpo", 0.5, "α, the weight of log π(y_l) in --stage unlikelihood (C.3)")
     dpo_batch: int = opt("dpo", 11, "groups per step, of 6 pairs each: near the paper's 64", low=1)
-    dpo_accum: int = opt("run", 1, "micro-batches per step of DPO; more of them take less memory",
-                         low=1)
+    dpo_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
     dpo_schedule: str = opt("dpo", "linear", "after the warm-up", ("constant", "linear", "cosine"))
     dpo_lr: float = opt("dpo", 7e-4, "peak rate; the paper's is 1e-6 at 774M parameters")
     dpo_warmup: int = opt("dpo", 150, "steps of linear warm-up; RMSprop's first steps are too long")
     grad_clip: float = opt("dpo", 1.0, "largest norm of the gradient; 0: no clipping")
-    dpo_module: str = opt("dpo", "", "a student's file; the functions that it defines replace "
-                          "those of dpo.py")
+    dpo_module: str = opt("dpo", "", "a student's file; its functions replace those of dpo.py")
     # ---- ppo: r_φ or r* -> π_θ, by Eq. 3
     ppo_steps: int = opt("ppo", 17, "iterations", low=1)
     ppo_rollouts: int = opt("ppo", 256, "completions per iteration (the paper: 1,024)", low=8)
     ppo_lr: float = opt("ppo", 1e-3, "rate of the policy")
     ppo_value_lr: float = opt("ppo", 3e-3, "rate of the value network")
     ppo_target: float = opt("ppo", 2.0, "KL in nats to which β is steered; 0: β stays as it is")
-    ppo_beta: float = opt("ppo", 0.3, "where β of Eq. 3 starts, in standard deviations of the "
-                          "reward over π_ref's samples")
+    ppo_beta: float = opt("ppo", 0.3, "β of Eq. 3 at first, in π_ref's standard deviations of r")
     # ---- best-of-n
     best_of: int = opt("samples", 128, "samples of π_ref per test prompt: the largest N", low=2)
     # ---- frontier: every method of Figure 2
@@ -137,12 +128,10 @@ IMDB = replace(
     save_secs=60.0)
 GPT2 = replace(
     IMDB, init="gpt2", n_layer=12, n_head=12, n_embd=768, n_ctx=1024, dropout=0.1,
-    sft_steps=1_200, sft_batch=64, sft_lr=5e-5,  # about one epoch: Section 6.1
-    reward_lr=2e-5, dpo_lr=2e-6)
+    sft_steps=1_200, sft_batch=64, sft_lr=5e-5, reward_lr=2e-5, dpo_lr=2e-6)  # one epoch: 6.1
 GPT2_LARGE = replace(
     GPT2, init="gpt2-large", n_layer=36, n_head=20, n_embd=1280,  # C.1
-    reward="siebert",  # C.1
-    sft_accum=4,
+    reward="siebert", sft_accum=4,  # the judge: C.1
     dpo_lr=1e-6, dpo_warmup=150, dpo_schedule="constant",  # B: RMSprop, 1e-6 after 150 steps
     save_secs=600.0)  # a checkpoint has 6 to 19 GB
 PRESETS = {"toy": TOY, "imdb": IMDB, "gpt2": GPT2, "gpt2-large": GPT2_LARGE}
@@ -187,20 +176,16 @@ def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
 
 def user_files(cfg: Settings, stage: str) -> dict[str, str]:
     """The hashes of what a user gave to a stage: a changed file is another parent."""
-    def weights(folder):  # of a run or a Hugging Face folder; "" of a name, which does not change
-        found = [path for name in ("model.pt", "model.safetensors", "pytorch_model.bin")
-                 if (path := Path(folder) / name).exists()]
-        return file_hash(found[0]) if found else ""
-
     files = [cfg.groups] if stage in ("groups", "chosen") else \
         [cfg.dpo_module, cfg.weight.rpartition(":")[0]] if stage in ("dpo", *OTHER_LOSSES) else []
     hashes = {path: file_hash(path) for path in files if path}
-    if stage in ("sft", "chosen") and cfg.init:
-        hashes[cfg.init] = weights(cfg.init)
-    if stage == "groups" and cfg.reference:
-        hashes[cfg.reference] = weights(cfg.reference)
-        if not hashes[cfg.reference]:
-            raise UserError(f"--reference {cfg.reference} is no run and no Hugging Face folder")
+    folder = {"sft": cfg.init, "chosen": cfg.init, "groups": cfg.reference}.get(stage)
+    if folder:  # of a run or of Hugging Face; or a name, whose weights do not change: ""
+        found = [path for name in ("model.pt", "model.safetensors", "pytorch_model.bin")
+                 if (path := Path(folder) / name).exists()]
+        if not found and stage == "groups":
+            raise UserError(f"--reference {folder} is no run and no Hugging Face folder")
+        hashes[folder] = file_hash(found[0]) if found else ""
     return hashes
 
 
@@ -212,15 +197,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def stage_parser() -> Parser:
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stage", choices=SETTINGS_OF, default="dpo", metavar="STAGE",
-                        help="one of the above; default: dpo")
-    return parser
+STAGE = Parser(add_help=False, allow_abbrev=False)
+STAGE.add_argument("--stage", choices=SETTINGS_OF, default="dpo", metavar="STAGE",
+                   help="one of the above; default: dpo")
 
 
 def stage_of(argv) -> str:
-    return stage_parser().parse_known_args(argv)[0].stage
+    return STAGE.parse_known_args(argv)[0].stage
 
 
 def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
@@ -233,7 +216,7 @@ def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
         usage="python train.py [--stage STAGE] [--preset PRESET] [any setting below]",
         description=f"Stages: {', '.join(SETTINGS_OF)}. A stage first makes what it needs. Shown "
         f"are the settings that {stage} depends on; each stage shows its own after --stage STAGE.",
-        parents=[stage_parser()], allow_abbrev=False,
+        parents=[STAGE], allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
     parser.add_argument("--preset", choices=PRESETS, help="default: imdb with CUDA, else toy")
     titles = {group: parser.add_argument_group(title) for group, title in GROUPS.items()}
@@ -249,8 +232,8 @@ def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
     given = vars(parser.parse_args(argv))
     stage, preset = given.pop("stage"), given.pop("preset")
     name = preset or ("imdb" if cuda and given.get("device") != "cpu" else "toy")
-    reason = "--preset" if preset else "CUDA is here" if name == "imdb" else \
-        "on a CPU; with CUDA it would be imdb"
+    reason = ("--preset" if preset else "CUDA is here" if name == "imdb" else
+              "on a CPU; with CUDA it would be imdb")
     cfg = replace(PRESETS[name], **given)
     if stage in OTHER_LOSSES:
         cfg = replace(cfg, loss=stage)
@@ -262,9 +245,9 @@ def check(cfg: Settings) -> None:
     """UserError for a value out of range, and for settings that exclude each other."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if f.type in (int, float) and not value >= f.metadata["low"]:
-            raise UserError(f"--{f.name.replace('_', '-')} is {value}; it must be at least "
-                            f"{f.metadata['low']}")
+        low, flag = f.metadata["low"], f.name.replace("_", "-")
+        if f.type in (int, float) and not value >= low:
+            raise UserError(f"--{flag} is {value}; it must be at least {low}")
     if not 0 < cfg.beta < float("inf"):
         raise UserError(f"--beta is {cfg.beta}; it must be positive")
     if not cfg.dropout < 1:
@@ -273,10 +256,10 @@ def check(cfg: Settings) -> None:
         raise UserError(f"--n-embd {cfg.n_embd} does not divide by --n-head {cfg.n_head}")
     if cfg.vocab != "gpt2" and not (cfg.vocab.isdigit() and 257 <= int(cfg.vocab) <= 65_536):
         raise UserError(f"--vocab is {cfg.vocab!r}; give gpt2 or a size from 257 to 65536")
-    if cfg.corpus == "imdb" and cfg.reward == "auto" and cfg.reward_ctx < cfg.max_new_tokens + 9:
+    longest = 9 + cfg.max_new_tokens  # <|endoftext|>, 8 tokens of a prompt, a completion
+    if cfg.corpus == "imdb" and cfg.reward == "auto" and cfg.reward_ctx < longest:
         raise UserError(f"--reward-ctx {cfg.reward_ctx} cannot hold a prompt of 9 tokens and a "
-                        f"completion of {cfg.max_new_tokens}: give at least "
-                        f"{cfg.max_new_tokens + 9}")
+                        f"completion of {cfg.max_new_tokens}: give at least {longest}")
     if cfg.loss == "plackett-luce" and cfg.weight != "sigmoid":
         raise UserError(f"--weight {cfg.weight} weighs pairs, and --loss plackett-luce ranks: give "
                         "one of the two")

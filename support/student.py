@@ -1,7 +1,7 @@
 """A student's own code: a weight for --weight, and functions that replace the core's.
 
-Knows no equation: the module whose functions are replaced and the table of known weights are
-arguments. Bad code is a UserError, raised before any training where that is possible.
+The core's module and its table of weights are arguments. Bad code is a UserError, raised before
+any training where that is possible.
 """
 
 import importlib.util
@@ -42,11 +42,7 @@ def load_weight(spec: str, weights: Mapping[str, Callable]) -> Callable[[Tensor,
     function = getattr(import_file(path), name, None)
     if not inspect.isfunction(function):
         raise UserError(f"weight {spec!r}: {path} defines no function {name!r}")
-    return checked_weight(function, f"{path}:{function.__code__.co_firstlineno} ({name})")
-
-
-def checked_weight(function: Callable, where: str) -> Callable[[Tensor, float], Tensor]:
-    """A user's weight whose results are checked. `where` names it in each UserError."""
+    where = f"{path}:{function.__code__.co_firstlineno} ({name})"
     try:
         inspect.signature(function).bind(None, None)
     except TypeError as error:
@@ -68,14 +64,13 @@ def checked_weight(function: Callable, where: str) -> Callable[[Tensor, float], 
 
 
 def own_functions(module: ModuleType, path: str) -> dict[str, Callable]:
-    """The functions of a student's file that share a name with a function of `module`, by name.
+    """A student's functions, by name, that share a name with one of `module`, `main` apart.
 
-    `main` does not count: a student's file may be a script of its own. UserError if nothing is
-    shared, or if the parameters of a shared function differ.
+    UserError if nothing is shared, or if the parameters of a shared function differ.
     """
     student, core = import_file(path), vars(module)
     shared = {name: f for name, f in vars(student).items()
-              if inspect.isfunction(f) and f.__globals__ is vars(student)  # written there
+              if inspect.isfunction(f) and f.__globals__ is vars(student)  # not imported there
               and inspect.isfunction(core.get(name)) and name != "main"}
     if not shared:
         raise UserError(f"{path} defines no function of {module.__name__}.py: give yours the name "

@@ -450,7 +450,7 @@ def test_prompts_avoid_and_count():
     avoid = set(map(tuple, sample_prompts(tokens, 200, seed=0)[0]))
     prompts, redrawn = sample_prompts(tokens, 250, seed=0, avoid=avoid)
     assert len(prompts) == 250 and not avoid & set(map(tuple, prompts)) and redrawn >= 200
-    with pytest.raises(UserError, match="to avoid"):
+    with pytest.raises(UserError, match="in 3 reviews, wanted 5"):
         tokens = some_tokens([30] * 3)
         sample_prompts(tokens, 5, 0, lo=2, hi=2, avoid={tuple(t[:3].tolist()) for t in tokens})
     with pytest.raises(UserError, match="2 to 8 tokens"):
