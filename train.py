@@ -597,7 +597,7 @@ def main(argv=None) -> int:
     job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
     try:
         if cfg.groups:
-            job.groups
+            job.groups  # parsed here, so that a bad line is named before π_ref is trained
         build(job, stage)
         if STAGES[stage].report:
             STAGES[stage].report(job)
