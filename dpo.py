@@ -332,9 +332,9 @@ def plackett_luce_loss(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor,
                        beta: float) -> tuple[Tensor, Tensor, dict[str, int]]:
     """A.3 · L = -log p(τ) by Eq. 18 with r̂ for r: DPO from rankings.
 
-    Log-probs (G*K,), true rewards (G, K) -> losses (G',), r̂ (G*K,) detached, and two counts: "tied"
-    completions, and "skipped" groups, which have fewer than two left. With K = 2 it is Eq. 7. It
-    starts at log K!. UserError if every group is skipped.
+    Log-probs (G*K,), true rewards (G, K) -> losses (G',), r̂ (G*K,) detached, and two counts:
+    "tied" completions, and "skipped" groups, which have fewer than two left. It starts at log K!;
+    with K = 2 it is Eq. 7. UserError if every group is skipped.
     """
     implicit = implicit_reward(pi_logps, ref_logps, beta)
     logps, tied = ranking_logps(implicit.view(rewards.shape), rewards)

@@ -151,8 +151,8 @@ def jackknife_optimum(rewards, betas) -> list[dict]:
 
 
 def optimal_reward(curve: list[dict], kl: float) -> float | None:
-    """The curve's reward at `kl`, between its points with ess >= 2; None outside them. Near the end
-    of that range it is a little low: with 32 samples per toy prompt 0.002 at KL 2.8."""
+    """The curve's reward at `kl`, between its points with ess >= 2; None outside them. On the toy
+    two draws of 32 samples per prompt lay 0.003 above and below 64 samples at KL 2.8."""
     points = sorted((p["kl"], p["reward"]) for p in curve if p["ess"] >= 2)
     for (a, ra), (b, rb) in zip(points, points[1:]):
         if a <= kl <= b:

@@ -22,6 +22,9 @@ from support.runs import Run, UserError, load_tensors, read_json, write_whole
 from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_name
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision -> the type of its products
+
+
 def seed_of(cfg: Settings, name: str, step=0) -> int:
     """Every random draw is a function of these three, so no generator's state needs saving."""
     return int(hashlib.sha256(f"{cfg.seed}/{name}/{step}".encode()).hexdigest()[:12], 16)
@@ -30,7 +33,7 @@ def seed_of(cfg: Settings, name: str, step=0) -> int:
 @functools.cache
 def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of the best of many large matrix products: the 100 % of the logged mfu."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = HALF.get(precision, torch.float32)
     # a CPU may emulate half precision a hundred times slower
     n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 128
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -66,7 +69,7 @@ class Job:
         return other
 
     def autocast(self):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision)
+        dtype = HALF.get(self.cfg.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def folder(self, stage: str) -> Path:

@@ -25,9 +25,9 @@ from train import HELD_OUT, STAGES, Stage, build, parents_of_groups, score, sequ
 def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
     """Section 4 on held-out pairs of a finished dpo run: which pairs are pushed, and how hard.
 
-    inspect.json: a row per pair of the first n_groups (r̂, margin, weight, true reward gap, gradient
-    norms, cosine, norm of the weighted update), and over all held-out groups the implicit reward's
-    accuracy and correlations with r*. inspect.png and inspect.txt show them.
+    inspect.json: a row per pair of the first n_groups (r̂, margin, weight, true reward gap,
+    gradient norms, cosine, norm of the weighted update), and over all held-out groups the implicit
+    reward's accuracy and correlations with r*. inspect.png and inspect.txt show them.
     """
     cfg, groups, policy = job.cfg, job.groups, job.policy("dpo")
     held = np.array(job.split[1])
