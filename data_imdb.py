@@ -1,11 +1,10 @@
-"""Text to tokens to prompts to preference groups; the only file that touches corpus or tokenizer.
+"""Text to tokens to prompts to preference groups; the only core file with corpus or tokenizer.
 
     read_imdb, read_toy -> reviews; train_bpe, gpt2_encoding -> an encoding; load -> both, as Tokens
     Tokens -> lm_batches: batches of a language model
     Tokens -> sample_prompts -> (sampling and r*, elsewhere) -> gather_groups -> Groups
     Groups <-> groups.jsonl (read_groups, write_groups); split_prompts: training and held-out ones
 
-Imports torch only to download.
 Legend: B sequences, T tokens, V vocabulary, P prompts, K completions per prompt, N reviews.
 """
 
@@ -20,9 +19,8 @@ import operator
 import os
 import re
 import sys
-import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -31,13 +29,15 @@ import numpy as np
 import regex
 import tiktoken
 
-from support import toy_reviews
-from support.preference_files import parse_preference, want
-from support.runs import (UserError, file_hash, json_hash, main_exit, os_errors, read_json,
-                          save_json, write_whole)
+from support import imdb_archive, toy_reviews
+from support.imdb_archive import FOLDERS
+from support.preference_files import decode, read_preferences, some_left, token_ids
+from support.runs import (UserError, bytes_hash, file_hash, first_line, json_hash, main_exit,
+                          reading, save_json, write_whole, writing)
 
 EOT = "<|endoftext|>"
 SPLITS = ("train", "unsup", "valid", "test")
+FILES = ("bpe.tiktoken", *(f"{split}.npy" for split in SPLITS))
 
 
 # ------------------------------------------------------------------------------ reviews
@@ -50,14 +50,6 @@ class Review(NamedTuple):
 Splits = dict[str, list[Review]]
 Progress = Callable[[str], object]  # is told what happens: print, or a list's append
 
-URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-SIZE, MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
-REMEDY = f"set IMDB_PATH to a copy of {URL} or to its unpacked folder"
-MEMBER = re.compile(r"(?:^|/)(test/(?:pos|neg)|train/(?:pos|neg|unsup))/(\d+)_\d+\.txt$")
-FOLDERS = {"test/pos": ("test", 1, 12_500), "test/neg": ("test", 0, 12_500),
-           "train/pos": ("train", 1, 12_500), "train/neg": ("train", 0, 12_500),
-           "train/unsup": ("unsup", None, 50_000)}  # split, label, number of reviews
-
 
 def read_imdb(path: Path | None, cache: Path, progress: Progress = print, seed: int = 0
               ) -> tuple[Splits, dict[str, int]]:
@@ -66,21 +58,16 @@ def read_imdb(path: Path | None, cache: Path, progress: Progress = print, seed: 
     `path` is an archive or an unpacked folder. Reviews are shuffled by `seed`; "valid" is every
     20th of train, taken out of it. A text of two splits stays only where it evaluates (test, then
     valid, then train); notes["dup_<split>"] counts what was dropped. UserError for a missing,
-    truncated, wrong or incomplete corpus.
+    damaged or incomplete corpus; only train/unsup may be missing.
     """
-    path = path or download(cache, progress)
+    path = path or imdb_archive.download(cache, progress)
     progress(f"reading {path}")
-    found: dict[str, dict[int, str]] = {key: {} for key in FOLDERS}  # ID -> text
-    for name, content in _files(path):
-        if match := MEMBER.search(name):
-            text = re.sub(r"<br\s*/?>", "\n", content.decode("utf-8", "replace"))
-            found[match[1]][int(match[2])] = text.strip()
+    found = imdb_archive.read_reviews(path, FOLDERS, progress)
     raw: Splits = {"test": [], "train": [], "unsup": []}
-    for key, (split, label, wanted) in FOLDERS.items():
-        if len(found[key]) != wanted:
-            raise UserError(f"{path} has {len(found[key]):,} reviews named {key}/ID_RATING.txt, "
-                            f"wanted {wanted:,}: a wrong or incomplete archive; {REMEDY}")
-        raw[split] += [Review(text, label) for _, text in sorted(found[key].items())]
+    for folder, (split, label, _) in FOLDERS.items():
+        for content in found[folder]:
+            text = re.sub(r"<br\s*/?>", "\n", content.decode("utf-8", "replace"))
+            raw[split].append(Review(text.strip(), label))
     for i, split in enumerate(raw):
         np.random.default_rng((seed, i)).shuffle(raw[split])
     raw["valid"] = raw["train"][::20]
@@ -91,38 +78,6 @@ def read_imdb(path: Path | None, cache: Path, progress: Progress = print, seed: 
         notes[f"dup_{split}"] = len(raw[split]) - len(splits[split])
         seen.update(review.text for review in raw[split])
     return splits, notes
-
-
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a folder's files, or an archive's read as a stream, never unpacked."""
-    if path.is_dir():
-        yield from ((file.as_posix(), file.read_bytes()) for file in path.rglob("*.txt"))
-        return
-    try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                yield member.name, archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as e:
-        raise UserError(f"{path} cannot be read as an archive ({e}): missing, cut short, or not "
-                        f"a .tar.gz or .tar.xz; {REMEDY}") from e
-
-
-def download(cache: Path, progress: Progress = print) -> Path:
-    """Stanford's archive in `cache`, fetched by the first call; there only if its md5 is right."""
-    archive, part = cache / "aclImdb_v1.tar.gz", cache / "aclImdb_v1.part"
-    if archive.exists():
-        return archive
-    from torch.hub import download_url_to_file
-
-    progress(f"downloading {URL} ({SIZE / 1e6:.0f} MB) to {archive}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(URL, str(part), progress=sys.stderr.isatty())
-        if (md5 := hashlib.md5(part.read_bytes()).hexdigest()) != MD5:
-            raise OSError(f"{part.stat().st_size:,} bytes came, md5 {md5}, wanted {SIZE:,}, {MD5}")
-    except OSError as e:  # URLError and time-outs are OSErrors
-        raise UserError(f"cannot download {URL} to {cache} ({e}); try again, or {REMEDY}") from e
-    return part.replace(archive)
 
 
 def read_toy(n: int, seed: int) -> Splits:
@@ -143,8 +98,9 @@ def gpt2_encoding() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as e:  # no network; a damaged file
-        raise UserError("tiktoken could not get GPT-2's vocab.bpe and encoder.json; set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has them") from e
+        raise UserError("tiktoken could not get GPT-2's vocab.bpe and encoder.json "
+                        f"({first_line(e)}); set TIKTOKEN_CACHE_DIR to a folder that has them"
+                        ) from e
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
@@ -188,10 +144,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
             pairs[other] += difference
             if difference and pairs[other]:
                 heapq.heappush(heap, (-pairs[other], other))
-    return _encoding(ranks)
+    return encoding_of(ranks)
 
 
-def _encoding(tokens: Sequence[bytes]) -> tiktoken.Encoding:
+def encoding_of(tokens: Sequence[bytes]) -> tiktoken.Encoding:
     ranks = {token: i for i, token in enumerate(tokens)}
     return tiktoken.Encoding(name=f"bpe{len(ranks) + 1}", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={EOT: len(ranks)})
@@ -205,9 +161,12 @@ def save_encoding(file: BinaryIO, enc: tiktoken.Encoding) -> None:
 
 def load_encoding(path: Path) -> tiktoken.Encoding:
     """What save_encoding wrote; UserError where there is none."""
-    with os_errors("read", path):
+    with reading(path):
         lines = Path(path).read_bytes().splitlines()
-    return _encoding([base64.b64decode(line.split()[0]) for line in lines])
+        tokens = [base64.b64decode(line.split()[0]) for line in lines]
+        if not {bytes([i]) for i in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
+            raise ValueError("a token is missing, or there twice")
+        return encoding_of(tokens)
 
 
 @dataclass
@@ -301,38 +260,44 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
 
     corpus "toy" (`reviews` in all) or "imdb" (0: all; n: the first n of each shuffled split, for
     scaled-down runs); vocab "gpt2" or the size of a BPE trained on train and unsup. The name of
-    the subfolder has a hash of all that and of the source: no setting reads another's files.
+    the subfolder has a hash of all that and of the reviews: no setting reads another's files.
+    UserError where one of its files has changed since.
     """
     if reviews < (20 if corpus == "toy" else 0):
         raise UserError(f"got {reviews} reviews, wanted 20 or more (0 for all, on imdb)")
     path = Path(os.environ["IMDB_PATH"]) if os.environ.get("IMDB_PATH") else None
-    source = file_hash(toy_reviews.__file__) if corpus == "toy" else _size(path) if path else SIZE
-    setting = json_hash([corpus, str(vocab), reviews, seed, source])
-    base = Path(folder) / f"{corpus}-{vocab}-{setting}"
-    files = [base / name for name in ("bpe.tiktoken", *(f"{s}.npy" for s in SPLITS), "about.json")]
-    if not all(file.exists() for file in files):
+    source = (file_hash(toy_reviews.__file__) if corpus == "toy" else
+              imdb_archive.reviews_hash(path) if path else imdb_archive.REVIEWS)
+    base = Path(folder) / f"{corpus}-{vocab}-{json_hash([reviews, seed, source])}"
+    if not all(os.path.exists(base / name) for name in (*FILES, "about.json")):
         if corpus == "toy":
             splits, notes, progress = read_toy(reviews, seed), {}, lambda text: None
         else:
             splits, notes = read_imdb(path, Path(folder), progress, seed)
             splits = {split: rows[: reviews or None] for split, rows in splits.items()}
         _build(splits, notes, str(vocab), base, progress)
-    enc, about = load_encoding(files[0]), read_json(files[-1])
-    # np.asarray: still the file's memory, without the slow indexing of np.memmap
-    streams = {s: np.asarray(np.load(base / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
+    with reading(base, f"delete {base}, and the same command builds it again"):
+        about = json.loads(_bytes(base / "about.json"))
+        identity = _identity(base, about["notes"], about["labels"])
+        if about["identity"] != identity:
+            raise ValueError("it is not what was written")
+        enc = load_encoding(base / "bpe.tiktoken")
+        # np.asarray: still the file's memory, without the slow indexing of np.memmap
+        streams = {s: np.asarray(np.load(base / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
     tokens = {s: Tokens(x, np.flatnonzero(x == enc.eot_token)) for s, x in streams.items()}
     labels = {s: np.array(y, dtype=np.int8) if y and None not in y else None
               for s, y in about["labels"].items()}
-    identity = json_hash([file_hash(file) for file in files])
     return Data(enc, enc.eot_token, tokens, labels, about["notes"], identity)
 
 
-def _size(path: Path) -> int:
-    """The corpus's size in bytes, which tells one copy from another."""
-    files = path.rglob("*.txt") if path.is_dir() else [path] if path.exists() else []
-    if not (size := sum(file.stat().st_size for file in files)):
-        raise UserError(f"IMDB_PATH is {path}, where there are no reviews; {REMEDY}")
-    return size
+def _identity(base: Path, notes: dict[str, int], labels: dict[str, list]) -> str:
+    return json_hash([notes, labels, [bytes_hash(_bytes(base / name)) for name in FILES]])
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path.name} is no file")
+    return path.read_bytes()
 
 
 def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path, progress: Progress):
@@ -340,7 +305,7 @@ def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path, progre
     progress(f"vocabulary {vocab}: training a BPE" if vocab != "gpt2" else "vocabulary gpt2")
     texts = (row.text for split in ("train", "unsup") for row in splits[split])
     enc = gpt2_encoding() if vocab == "gpt2" else train_bpe(texts, vocab)
-    with os_errors("write", base):
+    with writing(base):
         base.mkdir(parents=True, exist_ok=True)
     write_whole(base / "bpe.tiktoken", lambda file: save_encoding(file, enc))
     for split, rows in splits.items():
@@ -352,7 +317,8 @@ def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path, progre
         stream = np.concatenate([*parts, np.uint16([enc.eot_token])])
         write_whole(base / f"{split}.npy", lambda file: np.save(file, stream))
     labels = {s: [row.label for row in rows] for s, rows in splits.items()}
-    save_json(base / "about.json", {"notes": notes, "labels": labels})
+    about = {"notes": notes, "labels": labels, "identity": _identity(base, notes, labels)}
+    save_json(base / "about.json", about)
 
 
 # ------------------------------------------------------------------------------ preferences
@@ -431,52 +397,34 @@ def split_prompts(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
 
 def write_groups(file: BinaryIO, groups: Groups, enc: tiktoken.Encoding) -> None:
     """JSON lines for runs.write_whole. Without r*, "rewards" is null and the best stands first."""
-    eot = enc.eot_token
     rows = zip(groups.prompt_ids, groups.completion_ids, groups.rewards, strict=True)
-    for prompt, completions, rewards in rows:
-        row = {"prompt": enc.decode(prompt[prompt[0] == eot :]),
-               "completions": [enc.decode(y[: len(y) - (y[-1] == eot)]) for y in completions],
+    for prompt_ids, completion_ids, rewards in rows:
+        prompt, *completions = decode(prompt_ids, completion_ids, enc)
+        row = {"prompt": prompt, "completions": completions,
                # a float32's str is its shortest name: 0.9, not 0.8999999761581421
                "rewards": [float(str(r)) for r in rewards] if groups.has_reward else None,
-               "prompt_ids": prompt, "completion_ids": completions}
+               "prompt_ids": prompt_ids, "completion_ids": completion_ids}
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def read_groups(path: Path, enc: tiktoken.Encoding, n_ctx: int) -> Groups:
-    """Preferences from JSONL, each line in one of three forms:
+    """Preferences from a file in any form that support/preference_files.py describes.
 
-    ours          {"prompt", "completions", "rewards", "prompt_ids", "completion_ids"}; without the
-                  ids the text is tokenised; without rewards, completions stand best first
-    pairs         {"prompt", "chosen", "rejected"}
-    Anthropic-HH  {"chosen", "rejected"}; the prompt ends with their last shared "\\n\\nAssistant:"
-
-    Groups of equal rewards, and those longer than n_ctx (prompt and completion), are left out and
-    counted in `dropped`. UserError, with the line, for anything malformed; and if nothing is left.
+    Groups longer than n_ctx (prompt and completion), and those from which nothing is to be learned,
+    are left out and counted in `dropped`. UserError, with the lines, for anything malformed; and if
+    nothing is left.
     """
-    prompts, kept, scores, dropped, shapes = [], [], [], Counter(), set()
-    with os_errors("read", path):
-        lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt, completions, rewards = parse_preference(line, enc)
-            shapes.add((len(completions), rewards is not None))
-            want(len(shapes) == 1, "as many completions as before, and rewards in all or no lines")
-        except UserError as e:
-            raise UserError(f"{path}, line {number}: wanted {e}") from None
-        values = np.linspace(1, 0, len(completions)) if rewards is None else rewards
-        values = np.array(values, dtype=np.float32)
-        if len(prompt) + max(map(len, completions)) > n_ctx:
-            dropped[f"longer than {n_ctx} tokens"] += 1
-        elif (values == values[0]).all():
-            dropped["equal rewards"] += 1
-        else:
-            prompts.append(prompt), kept.append(completions), scores.append(values)
-    if not kept:
-        raise UserError(f"{path} has no group to learn from (left out: {dict(dropped) or 'none'}); "
-                        "wanted completions that differ in reward and fit the context")
-    return Groups(prompts, kept, np.stack(scores), shapes.pop()[1], dict(dropped))
+    rows, dropped = read_preferences(path)
+    ids, has_reward = token_ids(path, rows, enc), rows[0].rewards is not None
+    fits = [len(prompt) + max(map(len, completions)) <= n_ctx for prompt, completions in ids]
+    if not all(fits):
+        dropped[f"longer than {n_ctx} tokens"] = fits.count(False)
+    some_left(path, any(fits), dropped)
+    prompts, completions = zip(*itertools.compress(ids, fits))
+    best_first = np.linspace(1, 0, len(completions[0]))
+    scores = [row.rewards or best_first for row in itertools.compress(rows, fits)]
+    return Groups([*prompts], [*completions], np.array(scores, dtype=np.float32), has_reward,
+                  dict(dropped))
 
 
 # ------------------------------------------------------------------------------ a look at it
@@ -493,7 +441,8 @@ def main(argv: list[str] | None = None) -> None:
     train, labels, enc = data.tokens["train"], data.labels["train"], data.enc
     shared = ((prompt, [i for i, x in enumerate(train) if x[: len(prompt)].tolist() == prompt][:4])
               for prompt in sample_prompts(train, 1_000, seed=0, hi=4)[0])
-    for prompt, rows in itertools.islice((x for x in shared if len(x[1]) == 4), args.n):
+    shared = (both for both in shared if len(both[1]) == 4)
+    for _, (prompt, rows) in zip(range(args.n), shared):
         print(f"\nprompt: {EOT}{enc.decode(prompt[1:])}")
         rewards = {}
         for name, i in zip("abcd", rows):

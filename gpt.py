@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from support import hf_gpt2
-from support.runs import UserError, load_tensors, main_exit
+from support.runs import UserError, load_tensors, main_exit, reading
+from support.tokenizer_files import read_tokenizer, tokens_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # 0 wherever log-probs are compared: DPO must start at log 2
+
+    def __post_init__(self):
+        hf_gpt2.check_sizes(vars(self))
 
 
 class Attention(nn.Module):
@@ -84,7 +88,6 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, f"{config} has heads of unequal width"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head: tied weights
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
@@ -208,15 +211,9 @@ class GPT(nn.Module):
     def load(cls, path: Path, dropout: float = 0.0) -> "GPT":
         """The model of a run's model.pt. Raises UserError where the file is no such thing."""
         saved = load_tensors(path)
-        try:
-            with torch.device("meta"):  # no weights to draw that the file's replace
-                model = cls(GPTConfig(**saved["config"] | {"dropout": dropout}))
-            model.load_state_dict(saved["model"], assign=True)
-        except (KeyError, TypeError, RuntimeError) as e:
-            raise UserError(f"{path} holds no {cls.__name__} of this code "
-                            f"({str(e).splitlines()[0]}): delete its folder and run the stage that "
-                            "makes it") from None
-        return model
+        with reading(path):
+            return hf_gpt2.with_weights(
+                lambda: cls(GPTConfig(**saved["config"] | {"dropout": dropout})), saved["model"])
 
     def checkpoint(self) -> dict:
         """What `load` reads: weights and configuration."""
@@ -226,10 +223,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str, dropout: float = 0.0, cache: Path = Path("data")) -> "GPT":
         """GPT-2's weights, by name ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": downloaded to
         `cache`) or from a folder in the Hugging Face layout. UserError for another model."""
-        folder = hf_gpt2.folder_of(name, cache)
-        model = cls(GPTConfig(**hf_gpt2.read_config(folder), dropout=dropout))
-        hf_gpt2.load_weights(model, folder)
-        return model
+        return hf_gpt2.read(name, cache, lambda sizes: cls(GPTConfig(**sizes, dropout=dropout)))
 
 
 def head_weight(w):
@@ -326,7 +320,7 @@ def sample_inverse_cdf(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     block, u = search(torch.cat([blocks, rest], -1), u[:, None])
     tokens = 256 * block + torch.arange(256, device=u.device)  # (B, 256)
     inside, _ = search(probs.gather(-1, tokens.clamp(max=V - 1)) * (tokens < V), u)
-    return tokens.gather(-1, inside)[:, 0]
+    return (256 * block + inside)[:, 0].clamp(max=V - 1)  # logits of NaN lead past the end
 
 
 def search(weights, x):
@@ -341,37 +335,46 @@ def search(weights, x):
 def main(argv=None):
     import data_imdb
 
-    parser = argparse.ArgumentParser(description="Sample from a checkpoint.")
+    parser = argparse.ArgumentParser(description="Sample from a checkpoint, or export it.")
     parser.add_argument("--checkpoint", default="out/toy/sft", metavar="RUN",
                         help="a run's folder, a Hugging Face folder, or gpt2[-medium|-large|-xl]")
+    parser.add_argument("--export", metavar="FOLDER", help="write it there, for transformers")
     parser.add_argument("--prompt", default="The", help="the text to continue")
-    parser.add_argument("-n", type=int, default=4, help="how many samples")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens at most")
-    for flag, default in (("temperature", 1.0), ("top-k", 0), ("top-p", 1.0), ("seed", 0)):
-        parser.add_argument(f"--{flag}", type=type(default), default=default)
+    numbers = (("-n", 4, 1, 10_000), ("--max-new-tokens", 64, 1, 10_000),  # default and bounds
+               ("--temperature", 1.0, 1e-3, 1e3), ("--top-k", 0, 0, 10**6),
+               ("--top-p", 1.0, 1e-9, 1.0), ("--seed", 0, 0, 2**63 - 1))
+    for flag, default, low, high in numbers:
+        parser.add_argument(flag, type=type(default), default=default, help=f"{low:g} to {high:g}")
     args = parser.parse_args(argv)
-    if min(args.n, args.max_new_tokens) < 1 or not (args.temperature >= 0 and 0 < args.top_p <= 1):
-        raise UserError("give -n and --max-new-tokens of at least 1, --temperature of at least 0, "
-                        "--top-p in (0, 1]")
+    for flag, _, low, high in numbers:
+        value = getattr(args, flag.strip("-").replace("-", "_"))
+        if not low <= value <= high and (flag, value) != ("--temperature", 0):  # the likeliest
+            raise UserError(f"{flag} is {value}; give {low:g} to {high:g}")
     run = Path(args.checkpoint)
-    if (run / "model.pt").exists():
+    with reading(run):
+        ours = (run / "model.pt").exists()
+    if ours:
         model = GPT.load(run / "model.pt")
     elif hf_gpt2.is_checkpoint(args.checkpoint):
         model = GPT.from_pretrained(args.checkpoint)
     else:
         raise UserError(f"{run} holds no finished model: run  python train.py --stage sft")
     ranks = run / "bpe.tiktoken"
-    enc = data_imdb.load_encoding(ranks) if ranks.exists() else data_imdb.gpt2_encoding()
+    enc = data_imdb.load_encoding(ranks) if ranks.exists() else data_imdb.encoding_of(tokens) if (
+        tokens := read_tokenizer(run)) else data_imdb.gpt2_encoding()
     if enc.n_vocab != model.config.vocab_size:
         raise UserError(f"{run} has {model.config.vocab_size} tokens, its tokenizer {enc.n_vocab}: "
                         f"put the one that it was trained with at {ranks}")
+    if args.export:
+        return hf_gpt2.export(model, tokens_of(enc), Path(args.export))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompt = [enc.eot_token] + enc.encode_ordinary(args.prompt)
+    longest = model.config.n_ctx * max(map(len, enc.token_byte_values()))  # 10^6 crash tiktoken
+    prompt = [enc.eot_token] + enc.encode_ordinary(args.prompt[:longest])
     if len(prompt) >= model.config.n_ctx:
-        raise UserError(f"the prompt has {len(prompt)} tokens; the model's context is "
+        raise UserError(f"the prompt has {len(prompt)} tokens or more; the model's context is "
                         f"{model.config.n_ctx}: shorten it")
     for ids in model.sample([prompt] * args.n, args.max_new_tokens, enc.eot_token, args.seed,
-                            args.temperature, args.top_k, args.top_p):
+                            args.temperature, args.top_k, args.top_p, batch_size=16):
         print(f"{args.prompt}|{enc.decode([i for i in ids if i != enc.eot_token])}\n")
 
 

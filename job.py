@@ -18,8 +18,11 @@ import data_imdb
 from evaluate import evaluate
 from gpt import GPT
 from reward import ModelReward, RewardModel, SiebertReward, ToyReward
+from support.hf_gpt2 import GPT2_SIZES
+from support.preference_files import read_preferences
 from support.runs import Run, UserError, load_tensors, read_json, write_whole
 from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_name
+from support.tokenizer_files import read_tokenizer, tokens_of
 
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision -> the type of its products
@@ -85,6 +88,20 @@ class Job:
                     threads=torch.get_num_threads(), torch=torch.__version__,
                     python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
+    def read_given(self, stages: set[str]) -> None:
+        """Read what a user gave to these stages, so that its faults are named at once."""
+        cfg = self.cfg
+        if cfg.groups:
+            read_preferences(cfg.groups)  # first without a tokenizer, which may take minutes
+        if cfg.init and stages & {"sft", "chosen"}:
+            self.pretrained(cfg.init)
+        if cfg.reference and stages:
+            self.load_reference()
+        if cfg.reward == "siebert" and not cfg.groups and stages - {"sft"}:
+            self.reward
+        if cfg.groups:
+            self.split
+
     # -------------------------------------------------------------------------- what runs hold
 
     @functools.cached_property
@@ -97,7 +114,18 @@ class Job:
         return self.check_compatible(GPT.load(path, dropout), path)
 
     def pretrained(self, name: str, dropout: float = 0.0) -> GPT:
-        return self.check_compatible(GPT.from_pretrained(name, dropout, Path(self.cfg.data)), name)
+        """The model in the folder of a run or of Hugging Face, or GPT-2 by its name."""
+        path = Path(name)
+        if (path / "model.pt").exists():
+            model = GPT.load(path / "model.pt", dropout)
+            tokens = tokens_of(data_imdb.load_encoding(path / "bpe.tiktoken"))
+        else:
+            model = GPT.from_pretrained(name, dropout, Path(self.cfg.data))
+            tokens = None if name in GPT2_SIZES else read_tokenizer(path)
+        if tokens not in (None, tokens_of(self.data.enc)):
+            raise UserError(f"{name} was trained with another tokenizer than this command's: "
+                            "give the --preset, --vocab and --seed that it was made with")
+        return self.check_compatible(model, name)
 
     def check_compatible(self, model: GPT, name) -> GPT:
         """The model, on the device. UserError where its vocabulary or its context does not fit."""
@@ -112,16 +140,9 @@ class Job:
 
     def load_reference(self) -> GPT:
         """π_ref: the SFT model, or for a preference file the one given or fine-tuned for it."""
-        cfg, path = self.cfg, Path(self.cfg.reference)
-        if not cfg.reference:
-            return self.policy("chosen" if cfg.groups else "sft")
-        if not (path / "model.pt").exists():
-            return self.pretrained(cfg.reference)
-        ranks = data_imdb.load_encoding(path / "bpe.tiktoken")._mergeable_ranks
-        if ranks != self.data.enc._mergeable_ranks:
-            raise UserError(f"{path} was trained with another tokenizer than this command's: "
-                            "give the --preset, --vocab and --seed that it was made with")
-        return self.check_compatible(GPT.load(path / "model.pt"), path)
+        cfg = self.cfg
+        return self.pretrained(cfg.reference) if cfg.reference else \
+            self.policy("chosen" if cfg.groups else "sft")
 
     @functools.cached_property
     def reward(self):

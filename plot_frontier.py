@@ -10,22 +10,18 @@ n points, m values of KL.
 """
 
 import argparse
-import json
-import math
+import re
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: it draws to files and opens no window
 
-from support.runs import UserError, main_exit, os_errors, read_json, read_rows, write_whole
+from support.points import read_curves, read_points, setting_value
+from support.runs import UserError, main_exit, reading, write_whole
 
-KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
-        "kl_mc_se length eos distinct2 repetition grammatical ref_ppl reward_learned win ess "
-        "seconds samples rewards kls").split()  # of every line of frontier.jsonl
 STYLES = {  # method: label, colour, marker, line; the colours differ in grey print too
     "dpo": ("DPO", "#00205c", "o", "-"),
     "plackett-luce": ("DPO, Plackett-Luce", "#429fdc", "D", (0, (6, 1.5))),
@@ -43,54 +39,9 @@ KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, fro
 
 # ------------------------------------------------------------------------------ the points
 
-def read_points(path: Path) -> list[dict]:
-    """The points of a frontier.jsonl, or of the one in a folder, in the file's order.
-
-    Skips lines without a point, and points whose preset or number of prompts is not that of most;
-    one sentence on stderr names the lines. UserError without a file or any point.
-    """
-    remedy = "run `python train.py --stage frontier`"
-    with os_errors("read", path):
-        path = path / "frontier.jsonl" if path.is_dir() else path
-        if not path.exists():
-            raise UserError(f"there is no {path}: {remedy}")
-        lines = path.read_bytes().splitlines()
-    points = {i: p for i, line in enumerate(lines, 1) if (p := point_of(line))}
-    if not points:
-        raise UserError(f"{path} holds no point: delete it and {remedy}")
-    kinds = {i: (p["preset"], len(p["rewards"])) for i, p in points.items()}
-    usual, _ = Counter(kinds.values()).most_common(1)[0]
-    kept = {i: p for i, p in points.items() if kinds[i] == usual}
-    if skipped := [str(i) for i in range(1, len(lines) + 1) if i not in kept]:
-        print(f"skipped {len(skipped)} of {len(lines)} lines of {path}, which hold no point of "
-              f"this frontier: {', '.join(skipped)}", file=sys.stderr)
-    return list(kept.values())
-
-
-def point_of(line: bytes) -> dict | None:
-    """The point on a line. None if it is not JSON, lacks a key, or lacks a number."""
-    try:
-        point = json.loads(line)
-        numbers = [point[key] for key in "kl kl_se reward reward_se temperature seed step".split()]
-        numbers += [point[key] or 0  # None where a method has no such measure
-                    for key in "kl_mc reward_learned win ess seconds samples".split()]
-        numbers += [*point["rewards"], *point["kls"], setting_value(point["setting"])]
-        texts = (point["preset"], point["model"], point["method"])
-        whole = point.keys() >= set(KEYS) and len(point["rewards"]) == len(point["kls"]) > 1
-        whole &= all(map(math.isfinite, numbers)) and all(isinstance(x, str) for x in texts)
-        return point if whole else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
 def kl_range(preset: str) -> tuple[tuple, int, int]:
     """In nats: the table's KLs, the KL up to which methods are compared, the figure's end."""
     return ((1, 2, 3), 3, 5) if preset == "toy" else ((1, 2, 3, 5, 10), 10, 20)
-
-
-def setting_value(setting: str) -> float:
-    """0.1 of "beta=0.1"; 0 for a method that has no setting."""
-    return float(setting.partition("=")[2] or 0)
 
 
 def series(points: list[dict], method: str) -> list[dict]:
@@ -243,19 +194,16 @@ BATCH_PANELS = [  # title, y label, (logged key, label, style) of each line
      [("logp_chosen", "chosen", "C2-"), ("logp_rejected", "rejected", "C3--")]),
     ("accuracy of the implicit reward", "share of pairs in order",
      [("accuracy", "pairs of the batch", "C0-")])]
+LOGGED = [*(key for *_, lines in BATCH_PANELS for key, *_ in lines),
+          *(f"weight_{p}" for p in (5, 25, 50, 75, 95))]  # in every step's row
 
 
 def training_curves(folder: Path, reference_json: Path) -> Path:
     """folder/curves.png: six panels over the steps of a DPO run.
 
-    reference_json: the groups' file. UserError if the folder holds no such run.
+    reference_json: the groups' file. UserError if the folder holds no such run, or a damaged one.
     """
-    rows = read_rows(folder / "metrics.jsonl")
-    steps = [r for r in rows if "eval" not in r]
-    if not steps or "weight_50" not in steps[0]:
-        raise UserError(f"{folder} holds no run of dpo: give the folder of one, or a frontier's")
-    evals = [dict(step=0, **read_json(reference_json)["point"])]
-    evals += [dict(step=r["step"] + 1, **r["eval"]) for r in rows if "eval" in r]
+    steps, evals = read_curves(folder, reference_json, LOGGED)
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     loss, implicit, weight, logps, accuracy, held_out = axes = figure.subplots(2, 3).ravel()
     for ax, (title, ylabel, lines) in zip((loss, implicit, logps, accuracy), BATCH_PANELS):
@@ -266,7 +214,7 @@ def training_curves(folder: Path, reference_json: Path) -> Path:
     loss.axhline(start, color="grey", ls=":",
                  label=f"where π = π_ref: {start:.4f} (Eq. 7: log 2)")
     weight_panel(weight, steps)
-    measured = [e for e in evals if e.get("accuracy") is not None]
+    measured = [e for e in evals if e["accuracy"] is not None]
     accuracy.plot([e["step"] for e in measured], [e["accuracy"] for e in measured], "ko", ms=5,
                   label="held-out pairs")
     held_out_panel(held_out, evals)
@@ -274,7 +222,7 @@ def training_curves(folder: Path, reference_json: Path) -> Path:
         ax.set(xlabel="step")
         ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         ax.grid(alpha=0.25)
-    name = "/".join(folder.resolve().parts[-2:])
+    name = re.sub(r"[^\w ./-]", "_", "/".join(folder.resolve().parts[-2:]))
     name = name if len(name) <= 70 else name[:69] + "…"
     figure.suptitle(f"{name}: lines without marks are running means over a twentieth of the run")
     return save_figure(figure, folder / "curves.png", dpi=120)
@@ -293,8 +241,8 @@ def weight_panel(ax, steps: list[dict]) -> None:
 def held_out_panel(ax, evals: list[dict]) -> None:
     """KL and, on an axis of its own, r* where the data has one, both with standard errors."""
     def line(ax, key, style, label=None):
-        steps, values, errors = ([e[x] for e in evals] for x in ("step", key, key + "_se"))
-        ax.errorbar(steps, values, errors, fmt=style, ms=5, capsize=3, label=label)
+        columns = [[e[x] for e in evals] for x in ("step", key, key + "_se")]
+        ax.errorbar(*np.array(columns, float), fmt=style, ms=5, capsize=3, label=label)
 
     line(ax, "kl", "C1s--", "KL (left)")
     ax.set(title="samples on held-out prompts, ± standard error", ylabel=KL, ylim=(0, None))
@@ -319,9 +267,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--groups", type=Path, default=Path("out/toy/groups"),
                         help="the groups that the dpo run learned from (default: %(default)s)")
     args = parser.parse_args(argv)
-    with os_errors("read", args.path):
+    with reading(args.path):
         folder = args.path if args.path.is_dir() else args.path.parent
-        is_run = (args.path / "metrics.jsonl").exists() and \
+        is_run = (args.path / "metrics.jsonl").is_file() and \
             not (args.path / "frontier.jsonl").exists()  # a sweep logs beside its points
     if is_run:
         print(training_curves(folder, args.groups / "reference.json"))

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, length_buckets, pad_rows
-from support.runs import UserError
+from support.runs import UserError, first_line
 from support.toy_reviews import grammatical, sentiment
 
 
@@ -109,11 +109,17 @@ class SiebertReward:
                             "pip install transformers") from None
         if not sys.stderr.isatty():
             logging.disable_progress_bar()  # as train.py's own: no bar in a pipe
+        logging.set_verbosity_error()  # of what a folder lacks it prints a table
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForSequenceClassification.from_pretrained(name)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True)
+            bad = sorted(report["missing_keys"]) or [
+                key for key, w in model.state_dict().items() if not w.isfinite().all()]
+            if bad:  # transformers draws missing ones at random
+                raise ValueError(f"{len(bad)} weights are missing or not finite, as {bad[0]}")
         except Exception as e:  # a damaged file fails anywhere inside, with any type
-            raise UserError(f"could not load {name} ({str(e).splitlines()[0]}): give a folder that "
+            raise UserError(f"could not load {name} ({first_line(e)}): give a folder that "
                             "holds it with --siebert-path") from None
         labels = {v.upper(): k for k, v in model.config.id2label.items()}
         if "POSITIVE" not in labels:

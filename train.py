@@ -22,6 +22,9 @@ from typing import NamedTuple
 # spin, which was 38 times slower where another program took one of two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from support.runs import (  # before torch: Ctrl-C during the other imports is then one sentence
+    Run, UserError, lock, main_exit, read_json, read_rows, save_json, write_whole)
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -33,15 +36,13 @@ from gpt import GPT, GPTConfig, length_buckets, pad_rows
 from job import Job, matmul_rate, seed_of
 from reward import RewardModel, label_accuracy, label_batches, label_loss
 from support import student
-from support.runs import (Run, UserError, file_hash, main_exit, read_json, read_rows, save_json,
-                          write_whole)
 from support.settings import (OTHER_LOSSES, SETTINGS_OF, Settings, parse, settings_of, stage_of,
                               user_files)
 
 # ------------------------------------------------------------------------------ the loop
 
 class Diverged(UserError):
-    """A loss or a gradient that is not finite. Another learning rate may be fine."""
+    """A number that is not finite. Another learning rate may be fine."""
 
 
 def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int], dict | None],
@@ -51,7 +52,8 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
 
     parts: name -> what a checkpoint holds, with state_dict and load_state_dict. step returns a row
     to log, or None. evaluation() is logged every `evaluate_every` steps (0: four times in all) and
-    after the last. Returns the last evaluation. Raises Diverged for a value that is not finite.
+    after the last. Returns the last evaluation. Raises Diverged where a row, an evaluation or what
+    a checkpoint would hold is not finite, so that no checkpoint ever holds NaN.
     """
     found = None
     start = saved = run.load_checkpoint(parts, steps)
@@ -62,29 +64,42 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
         began = time.perf_counter()
         row = step(i)
         if row:
-            if not all(math.isfinite(v) for v in row.values() if v is not None):
-                raise Diverged(diverged(run, i, saved))
+            check_finite(run, row, "the loss or its gradient", i, saved)
             row = dict(step=i, seconds=time.perf_counter() - began) | row
             shown = {k: row[k] for k in ("loss", "reward", "kl") if k in row}
             bar.set_postfix(shown, refresh=False)
             run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         last = i + 1 == steps
-        if evaluation and (last or (i + 1) % every == 0):
-            found = evaluation()
-            run.log(dict(step=i, eval=without_texts(found)))
-        if last or time.monotonic() - saved_at >= job.cfg.save_secs:
-            run.checkpoint(dict(step=i + 1) | {k: p.state_dict() for k, p in parts.items()})
-            saved, saved_at = i + 1, time.monotonic()
+        due = last or (i + 1) % every == 0
+        if due or time.monotonic() - saved_at >= job.cfg.save_secs:
+            state = {k: p.state_dict() for k, p in parts.items()}
+            check_finite(run, state, "a weight", i, saved)
+            if evaluation and due:
+                found = evaluation()
+                check_finite(run, without_texts(found), "the evaluation", i, saved)
+                run.log(dict(step=i, eval=without_texts(found)))
+            if last or time.monotonic() - saved_at >= job.cfg.save_secs:
+                run.checkpoint(dict(step=i + 1) | state)
+                saved, saved_at = i + 1, time.monotonic()
     return found or evaluation and evaluation()  # killed after the last step: evaluate again
 
 
-def diverged(run: Run, step: int, saved: int) -> str:
-    stage = run.about["stage"]
-    last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
-    flag = {"sft": "sft", "chosen": "sft", "reward": "reward", "rm": "rm", "ppo": "ppo",
-            "ppo-gt": "ppo"}.get(stage, "dpo")
-    return f"{stage}: the loss or its gradient is not finite at step {step}; {last}; try a lower " \
-           f"--{flag}-lr, or --precision fp32"
+def all_finite(state) -> bool:
+    """Whether the tensors and floats in nested dicts and lists are finite."""
+    if isinstance(state, (dict, list, tuple)):
+        return all(map(all_finite, state.values() if isinstance(state, dict) else state))
+    if torch.is_tensor(state):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    return not isinstance(state, float) or math.isfinite(state)
+
+
+def check_finite(run: Run, state, what: str, step: int, saved: int) -> None:
+    if not all_finite(state):
+        stage = run.about["stage"]
+        last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
+        rate = SETTINGS_OF[stage][-1].replace("groups", "sft") + "-lr"  # chosen is an SFT
+        raise Diverged(f"{stage}: {what} is not finite at step {step}; {last}; try a lower "
+                       f"--{rate}, or --precision fp32")
 
 
 def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
@@ -471,10 +486,6 @@ HELD_OUT = 128  # held-out groups that an evaluation looks at
 def dpo_stage(job: Job, run: Run) -> None:
     """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
-    if cfg.dpo_module:  # only here: π_ref and the groups are made by the original functions
-        student.use_module(dpo, cfg.dpo_module)
-    if cfg.loss == "plackett-luce":
-        train = ranked(groups, train)
     policy, some = job.load_reference(), np.array(held[:HELD_OUT])
 
     def evaluation(policy) -> dict:
@@ -484,12 +495,15 @@ def dpo_stage(job: Job, run: Run) -> None:
         return point | held_out_measures(logps, ref_logps[some].flatten(),
                                          torch.from_numpy(groups.rewards[some]))
 
-    batches, loss_fn = preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)
-    point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
-                warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
-                grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
-                check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
-                unit="groups" if cfg.loss == "plackett-luce" else "pairs")
+    with student.own_code(dpo, cfg.dpo_module):  # π_ref and the groups are made without it
+        if cfg.loss == "plackett-luce":
+            train = ranked(groups, train)
+        batches, loss_fn = preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)
+        point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
+                    warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
+                    grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
+                    check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
+                    unit="groups" if cfg.loss == "plackett-luce" else "pairs")
     finish_method(job, run, policy, point)
 
 
@@ -563,7 +577,8 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
         return job.hashes[folder]
     parents = {parent: build(job, parent, True) for parent in spec.parents(cfg)}
     if spec.compares:
-        parents |= spec.compares(job)
+        with lock(folder, ".runs.lock"):  # two of these would meet in each other's runs
+            parents |= spec.compares(job)
     parents |= {"data": job.data.identity} | user_files(cfg, stage)
     run = Run(folder, settings_of(cfg, SETTINGS_OF[stage]), parents, spec.final, job.about(stage))
     if run.finished:
@@ -574,38 +589,42 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
         with run:
             try:
                 spec.make(job, run)
-            except torch.OutOfMemoryError:
-                raise UserError(f"{stage} does not fit the GPU: give a smaller model or "
+            except (MemoryError, RuntimeError) as error:
+                full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                if not full and "allocate memory" not in str(error):  # torch's words on a CPU
+                    raise
+                raise UserError(f"{stage} does not fit the memory: give a smaller model or "
                                 "--max-new-tokens, to sft and dpo a higher --sft-accum and "
                                 "--dpo-accum, to a frontier --jobs 1") from None
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s", flush=True)
         if is_parent and spec.report:
             spec.report(job)
-    job.hashes[folder] = file_hash(run.path(spec.final))
+    job.hashes[folder] = run.files[spec.final]
     return job.hashes[folder]
 
 
-def main(argv=None) -> int:
+def unfinished(job: Job, stage: str) -> set[str]:
+    """The stages that are still to be made: this one, and those that it stands on."""
+    parents = set().union(*(unfinished(job, parent) for parent in STAGES[stage].parents(job.cfg)))
+    there = (job.folder(stage) / STAGES[stage].final).exists()
+    return parents if there else parents | {stage}
+
+
+def main(argv=None) -> None:
     began = time.perf_counter()
     stage, preset, reason, cfg = parse(argv, torch.cuda.is_available())
-    student.load_weight(cfg.weight, dpo.WEIGHTS)  # what a user gave is read before hours of parents
-    if cfg.dpo_module:
-        student.own_functions(dpo, cfg.dpo_module)
     print(f"preset {preset} ({reason}); stage {stage}", flush=True)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
-    try:
-        if cfg.groups:
-            job.groups  # parsed here, so that a bad line is named before π_ref is trained
-        build(job, stage)
-        if STAGES[stage].report:
-            STAGES[stage].report(job)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    student.load_weight(cfg.weight, dpo.WEIGHTS)  # what a user gave is read before hours of work
+    if cfg.dpo_module:
+        student.own_functions(dpo, cfg.dpo_module)
+    job.read_given(unfinished(job, stage))
+    build(job, stage)
+    if STAGES[stage].report:
+        STAGES[stage].report(job)
     print(f"{time.perf_counter() - began:.0f} s in all")
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,12 +33,15 @@ def rm(job: Job, run: Run) -> None:
     reference = job.load_reference()
     model = RewardModel.from_gpt(reference, reference.config.n_ctx).to(job.device)
     steps = max(1, len(train) // cfg.rm_batch)  # per epoch
+    if not run.path("resume.pt").exists():  # of an attempt that begins again
+        best.unlink(missing_ok=True)
 
     def evaluation(model) -> dict:
         scores, r = score_groups(job, model, held), torch.from_numpy(groups.rewards[held])
         yw, yl, _ = dpo.preference_pairs(r)
         accuracy = float(pairwise_accuracy(scores.flatten()[yw], scores.flatten()[yl]).mean())
-        found = dict(accuracy=accuracy, rank_correlation=rank_correlation(scores, r))
+        found = dict(accuracy=accuracy, rank_correlation=rank_correlation(scores, r),
+                     sd=float(scores.std()))  # not finite where r_φ has diverged
         if not best.exists() or accuracy > load_tensors(best)["accuracy"]:
             save_tensors(best, found | dict(model=model.state_dict()))
         return found

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from experiments.table import table, table_text
 from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_optimum, plot_points,
-                           read_points, reference, reliable_optimum, save_figure, seed_means,
-                           series, setting_value, weight_panel)
+                           reference, reliable_optimum, save_figure, seed_means, series,
+                           weight_panel)
+from support.points import read_points, setting_value
 from support.runs import main_exit, write_whole
 
 
@@ -73,8 +74,9 @@ def overoptimisation(points: list[dict]) -> Figure | None:
         right = ax.twinx()
         for (setting, run), (_, colour, marker, _) in zip(lines.items(), STYLES.values()):
             kl, true, trained = np.vstack([(0, ref["reward"], zero), run]).T
-            ax.plot(np.sqrt(kl), true, color=colour, marker=marker, ms=5, label=setting)
-            right.plot(np.sqrt(kl), trained, ":", color=colour, marker=marker, ms=5, mfc="white")
+            root = np.sqrt(kl.clip(0))  # rounding may leave π_ref's own KL below 0
+            ax.plot(root, true, color=colour, marker=marker, ms=5, label=setting)
+            right.plot(root, trained, ":", color=colour, marker=marker, ms=5, mfc="white")
         ax.plot([], [], "ko-", label="true (left)")
         ax.plot([], [], "ko:", mfc="white", label="trained by (right)")
         ax.set(title=STYLES[method][0], xlabel="√KL(π ‖ π_ref), √nats", ylabel=REWARD)

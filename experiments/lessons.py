@@ -50,13 +50,13 @@ def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
     table = dict(pairs=rows, step=cfg.dpo_steps, beta=cfg.beta, groups=len(held),
                  rank_correlation=rank_correlation(implicit, r),
                  correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r))
-    if (learned := job.folder("rm") / "report.json").exists():  # r_φ, if stage rm has run
-        table["learned"] = read_json(learned)
+    if (job.folder("rm") / "model.pt").exists():  # r_φ, if stage rm has run
+        table["learned"] = read_json(job.folder("rm") / "report.json")
     text = inspection_text(job, rows, yw_idxs, yl_idxs, prompts, completions)
     write_whole(run.path("inspect.txt"), lambda file: file.write(text.encode()))
     figures.inspection(table, read_rows(job.folder("dpo") / "metrics.jsonl"),
                        run.path("inspect.png"))
-    run.finish(lambda file: file.write(json.dumps(table).encode()))
+    run.finish(json.dumps(table).encode())
 
 
 def inspection_text(job: Job, rows, yw_idxs, yl_idxs, prompts, completions, n: int = 4) -> str:
@@ -131,7 +131,7 @@ def degenerate(job: Job, run: Run) -> None:
         lines += [*sigmoid.splitlines(), *(x.replace("after:", "w = 1:", 1) for x in constant), ""]
     write_whole(run.path("degenerate.txt"), lambda file: file.write("\n".join(lines).encode()))
     figures.degeneration(rows, run.path("degenerate.png"))
-    run.finish(lambda file: file.write(json.dumps(rows).encode()))
+    run.finish(json.dumps(rows).encode())
 
 
 def report_degenerate(job: Job) -> None:

@@ -31,7 +31,8 @@ from experiments.baselines import best_of_kl, expected_best, learned_reward, nee
 from experiments.ppo import no_fp16
 from experiments.rates import candidates, chosen_rates, rate_at, rate_table, report_rates, share
 from job import Job, seed_of
-from plot_frontier import KEYS, kl_range
+from plot_frontier import kl_range
+from support.points import KEYS
 from support.runs import Run, UserError, load_tensors, read_json, read_rows, save_json
 from support.settings import Settings
 from train import STAGES, Diverged, Stage, build, needs
@@ -285,7 +286,7 @@ def frontier(job: Job, run: Run) -> None:
     if job.cfg.temperatures:
         lines += temperature_lines(job, plans, reference, line)
     save_json(run.path("rates.json"), table)
-    run.finish(lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in lines))
+    run.finish(b"".join(json.dumps(row).encode() + b"\n" for row in lines))
 
 
 def best_point(rewards, N: int) -> dict:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import dpo
 from dpo import BETAS, Row, World, max_gap
-from support.runs import main_exit, os_errors, write_whole
+from support.runs import main_exit, writing, write_whole
 
 # ------------------------------------------------------------------------------ Section 5
 
@@ -183,7 +183,7 @@ def draw_frontier(world: World, path: Path) -> None:
              title=f"{len(world.r)} prompts, {world.r.size(1)} completions each, enumerated")
     axes.legend()
     axes.grid(alpha=0.25)
-    with os_errors("write", path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: figure.savefig(file, dpi=120))
 

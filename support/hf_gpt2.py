@@ -1,120 +1,249 @@
 """GPT-2 checkpoints in the Hugging Face layout: read into our GPT, and written from it.
 
-A folder holds config.json and model.safetensors or pytorch_model.bin.
+A folder holds config.json, the weights in one of WEIGHTS, and often a tokenizer's files. GPT-2's
+own are downloaded by name.
 """
 
+import functools
 import json
+import math
 import mmap
+import os
+import re
 import struct
 import sys
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from support.runs import UserError, load_tensors, os_errors, save_json, write_whole
+from support.runs import (UserError, fetch, first_line, load_tensors, reading, save_json,
+                          write_whole, writing)
+from support.tokenizer_files import read_tokenizer, save_tokenizer
 
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+GPT2_SIZES = {name: dict(vocab_size=50257, n_ctx=1024, n_layer=layers, n_head=heads, n_embd=width)
+              for name, layers, heads, width in (
+                  ("gpt2", 12, 12, 768), ("gpt2-medium", 24, 16, 1024),
+                  ("gpt2-large", 36, 20, 1280), ("gpt2-xl", 48, 25, 1600))}
+GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # the first that is there is read
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+ANOTHER = "restore it, or give the folder of a finished run, one in Hugging Face's layout, or " \
+          f"one of {', '.join(GPT2_SIZES)}"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|transformer\.)+")  # DDP, torch.compile, transformers
 KIND = dict(  # what GPT-2 is by its config.json, besides its sizes
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
     scale_attn_weights=True, tie_word_embeddings=True, scale_attn_by_inverse_layer_idx=False)
-GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
+SAME_GELU = "gelu_pytorch_tanh"  # another name of gelu_new
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8}
+
+
+def check_sizes(sizes: dict) -> None:
+    """ValueError for sizes of a GPT that are no whole numbers, out of bounds, or do not divide."""
+    for name, most in dict(vocab_size=10**6, n_ctx=10**6, n_layer=1000, n_head=10**6,
+                           n_embd=10**6).items():
+        if type(sizes[name]) is not int or not 0 < sizes[name] <= most:
+            raise ValueError(f"{name} is {first_line(repr(sizes[name]))}; wanted a whole number "
+                             f"from 1 to {most:,}")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise ValueError(f"n_embd {sizes['n_embd']} does not divide by n_head {sizes['n_head']}")
 
 
 def is_checkpoint(name: str) -> bool:
     """Whether `name` is one of GPT-2's, or a folder with weights in it."""
-    return name in GPT2_NAMES or any((Path(name) / weights).exists() for weights in WEIGHTS)
+    return name in GPT2_SIZES or any(os.path.exists(f"{name}/{weights}") for weights in WEIGHTS)
 
 
-def folder_of(name: str, cache: Path) -> Path:
-    """The folder `name`, or cache/name with GPT-2's two files, which the first call downloads."""
-    if name not in GPT2_NAMES:
-        return Path(name)
-    folder = cache / name
-    with os_errors("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).exists():
-            url = GPT2_URL.format(name=name, file=file)
-            try:
-                torch.hub.download_url_to_file(url, str(folder / file), None, sys.stderr.isatty())
-            except OSError as e:
-                raise UserError(f"could not download {url} ({e}): put config.json and "
-                                f"model.safetensors of {name} into {folder}") from None
-    return folder
+# ------------------------------------------------------------------------------ in
+
+def read(name: str, cache: Path, make: Callable[[dict], torch.nn.Module]) -> torch.nn.Module:
+    """make(sizes), filled with the weights of the folder `name`, or of a GPT-2 of that name, which
+    the first call downloads to `cache`. UserError for another model.
+
+    A vocabulary may exceed what the tokenizer needs: it was padded, or tokens were added. The rows
+    of no token are left out, so that no sample is one; the other logits stay the same.
+    """
+    if name in GPT2_SIZES:
+        folder, remedy = cache / name, "delete it, and it is fetched again"
+        download(name, folder / WEIGHTS[0])
+        sizes, needed = GPT2_SIZES[name], 50257
+    else:
+        folder, remedy = Path(name), ANOTHER
+        sizes, tokens = read_sizes(folder), read_tokenizer(folder)
+        needed = 50257 if tokens is None else len(tokens) + 1
+    rows = sizes["vocab_size"]
+    if needed < rows < needed + 1024:
+        sizes = sizes | {"vocab_size": needed}
+        say_once(f"{folder}: ids {needed} to {rows - 1} are none of its tokenizer's: left out")
+    with reading(folder, remedy):
+        path = next(filter(Path.exists, (folder / weights for weights in WEIGHTS)), None)
+    if path is None:
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}; {remedy}")
+    with reading(path, remedy):
+        state = gpt2_state(read_weights(path))
+        if len(state.get("wte.weight", ())) == rows:  # as its config.json says
+            state["wte.weight"] = state["wte.weight"][: sizes["vocab_size"]]
+        return with_weights(lambda: make(sizes), state)
 
 
-def read_config(folder: Path) -> dict:
-    """GPTConfig's fields from a Hugging Face config.json. Raises UserError for another model."""
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        config = dict(vocab_size=raw["vocab_size"], n_ctx=raw["n_positions"], n_embd=raw["n_embd"],
-                      n_layer=raw["n_layer"], n_head=raw["n_head"])
-        if raw["n_embd"] % raw["n_head"]:
-            raise ValueError(f"n_embd {raw['n_embd']} does not divide by n_head {raw['n_head']}")
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
-        raise UserError(f"{folder} has no config.json of a GPT-2 ({type(e).__name__}: {e}); give "
-                        f"one of {', '.join(GPT2_NAMES)} or a folder with one") from None
-    raw["n_inner"] = raw.get("n_inner") or 4 * raw["n_embd"]  # null or absent
-    for key, value in dict(KIND, n_inner=4 * raw["n_embd"]).items():
-        if raw.get(key, value) != value:
-            raise UserError(f"{folder}/config.json: {key} is {raw[key]!r}; GPT-2's is {value!r}")
-    return config
+@functools.cache  # π_ref is read anew for each evaluation
+def say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
-def read_weights(folder: Path) -> dict:
-    """The tensors of model.safetensors (8-byte length, JSON, raw bytes) or pytorch_model.bin."""
-    path, pickled = (folder / name for name in WEIGHTS)
-    if not path.exists() and not pickled.exists():
-        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
-    if not path.exists():
-        tensors = load_tensors(pickled)
-        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-            raise UserError(f"{pickled} does not hold tensors by name")
+def read_sizes(folder: Path) -> dict:
+    """GPTConfig's sizes from a Hugging Face config.json. UserError for another model."""
+    path = folder / "config.json"
+    with reading(path, ANOTHER):
+        raw = json.loads(path.read_bytes())
+        if raw.get("activation_function") == SAME_GELU:
+            del raw["activation_function"]
+        for key, value in KIND.items():
+            if raw.get(key, value) != value:
+                raise UserError(f"{path}: {key} is {first_line(repr(raw[key]))}; GPT-2's is "
+                                f"{value!r}")
+        sizes = dict(vocab_size=raw["vocab_size"], n_ctx=raw["n_positions"], n_embd=raw["n_embd"],
+                     n_layer=raw["n_layer"], n_head=raw["n_head"])
+        check_sizes(sizes)
+        if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
+            raise UserError(f"{path}: n_inner is {first_line(repr(raw['n_inner']))}; GPT-2's is "
+                            f"{4 * raw['n_embd']}")
+    return sizes
+
+
+def read_weights(path: Path) -> dict:
+    """The tensors of one of WEIGHTS, by name. An index names the files that hold them."""
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        if any(Path(shard).name != shard or shard.endswith(".json") for shard in shards):
+            raise ValueError(f"a shard of another folder: {first_line(shards)}")
+        tensors = {}
+        for shard in shards:
+            with reading(path.parent / shard, ANOTHER):
+                tensors |= read_weights(path.parent / shard)
         return tensors
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8}
-    try:
-        with os_errors("read", path), open(path, "rb") as file:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        length = struct.unpack("<Q", raw[:8])[0]
-        header = dict(json.loads(raw[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        data = memoryview(raw)[8 + length :]
-        return {key: torch.frombuffer(data[slice(*item["data_offsets"])],
-                                      dtype=dtypes[item["dtype"]]).view(item["shape"])
-                for key, item in header.items()}
-    except (ValueError, KeyError, TypeError, struct.error, RuntimeError) as e:
-        raise UserError(f"{path} is truncated or no safetensors file ({e}): delete it, and fetch "
-                        "it again") from None
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else \
+        load_tensors(path, ANOTHER)
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError("it does not hold tensors by name")
+    return tensors
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Copy a folder's weights into a GPT of the same shape. UserError where they do not fit."""
-    state = {k.removeprefix("transformer."): v for k, v in read_weights(folder).items()
-             if not k.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask
+def read_safetensors(path: Path) -> dict:
+    """An 8-byte length, a JSON header of that length, and the tensors' bytes without a gap. Raises
+    ValueError, KeyError, TypeError ... where the header does not describe exactly this file."""
+    with open(path, "rb") as file:
+        raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    start = 8 + struct.unpack("<Q", raw[:8])[0]
+    if start > len(raw):
+        raise ValueError(f"a header of {start - 8:,} bytes in a file of {len(raw):,}")
+    header, data, end, tensors = json.loads(bytes(raw[8:start])), raw[start:], 0, {}
+    header.pop("__metadata__", None)
+    for key, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        shape, name, (first, last) = item["shape"], item["dtype"], item["data_offsets"]
+        if name not in DTYPES:
+            raise ValueError(f"{key} is of dtype {name}; {', '.join(DTYPES)} can be read")
+        size = math.prod(shape) * DTYPES[name].itemsize
+        if min(shape, default=1) < 1 or (first, last) != (end, end + size) or last > len(data):
+            raise ValueError(f"{key} of shape {shape} has the bytes {first} to {last} of "
+                             f"{len(data)}, wanted {end} to {end + size}")
+        tensors[key] = torch.frombuffer(data[first:last], dtype=DTYPES[name]).view(shape)
+        end = last
+    if end != len(data):
+        raise ValueError(f"{len(data):,} bytes, of which its header describes {end:,}")
+    return tensors
+
+
+def gpt2_state(tensors: dict) -> dict:
+    """The tensors under the names of our GPT and in its shapes; no copies."""
+    state = {}
+    for key, w in tensors.items():
+        name = WRAPPERS.sub("", key)
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            continue
+        if name in state:
+            raise ValueError(f"it holds {name} twice")
+        state[name] = w.t() if name.endswith(CONV1D) else w  # GPT-2's have the shape (in, out)
     head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state.get("wte.weight", head)):
-        raise UserError(f"{folder}: its head is not tied to its embedding; GPT-2's is")
-    for key, p in model.state_dict().items():  # they share the parameters' memory
-        w = state.pop(key, None)
-        if w is not None and key.endswith(CONV1D):
-            w = w.t()  # GPT-2's have the shape (in, out)
-        if w is None or w.shape != p.shape:
-            got = "nothing" if w is None else f"shape {tuple(w.shape)}"
-            raise UserError(f"{folder}: {key} should have shape {tuple(p.shape)} by its "
-                            f"config.json; the weights hold {got}")
-        p.copy_(w)
-    if state:
-        raise UserError(f"{folder}: {len(state)} weights that GPT-2 does not have, the first "
-                        f"{next(iter(state))}")
+    if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
+        raise ValueError("its head differs from its embedding; GPT-2's is the same matrix")
+    return state
+
+
+def with_weights(make: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
+    """make()'s model with copies of these tensors in float32. ValueError names the first that is
+    missing, unknown, of another shape or not finite."""
+    with torch.device("meta"):  # no weights to draw that the tensors replace
+        model = make()
+    others, filled = state.keys() - model.state_dict().keys(), {}
+    for key, p in model.state_dict().items():
+        if key not in state:
+            raise ValueError(f"it has no {key}, which should have shape {tuple(p.shape)}")
+        w = state[key]
+        if w.shape != p.shape or not w.is_floating_point():
+            raise ValueError(f"{key} should have shape {tuple(p.shape)} and hold floats, got "
+                             f"{tuple(w.shape)} and {w.dtype}")
+        w = w.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if not w.isfinite().all():
+            raise ValueError(f"{key} holds NaN or infinite numbers")
+        filled[key] = w
+    if others:
+        raise ValueError(f"{len(others)} weights that this model does not have, among them "
+                         f"{min(others)}")
+    model.load_state_dict(filled, assign=True)
+    return model
+
+
+def linked_sha256(url: str) -> str | None:
+    """The SHA-256 that huggingface.co names where it redirects to a file; None if there is none."""
+    class Stay(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args):
+            return None  # the answer is then an HTTPError
+
+    try:
+        urllib.request.build_opener(Stay).open(urllib.request.Request(url, method="HEAD"), None, 60)
+    except OSError as answer:  # the redirect, which is not followed, or no network
+        tag = (getattr(answer, "headers", None) or {}).get("X-Linked-Etag", "").strip('"')
+        return tag if len(tag) == 64 else None
+    return None
+
+
+def download(name: str, path: Path) -> None:
+    """GPT-2's model.safetensors at `path`, which is there only if the whole file came."""
+    if path.exists():
+        return
+    url, remedy = GPT2_URL.format(name=name, file=path.name), \
+        f"put {path.name} of {name} into {path.parent}"
+    fetch(url, path, remedy, linked_sha256(url))
+    try:  # without a checksum, a hotel's login page would pass for the file
+        with reading(url, f"try again, or {remedy}"):
+            read_safetensors(path)
+    except UserError:
+        path.unlink()
+        raise
+
+
+# ------------------------------------------------------------------------------ out
+
+def export(model: torch.nn.Module, tokens: list[bytes], folder: Path) -> None:
+    """A new folder for AutoModelForCausalLM and AutoTokenizer. UserError where it holds a file."""
+    with reading(folder, "give another folder"):
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: give a new folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokens, folder, model.config.n_ctx)
+    save(model, folder)
+    print(f"{folder}: for AutoModelForCausalLM and AutoTokenizer of transformers")
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write config.json and model.safetensors, for AutoModelForCausalLM.from_pretrained."""
+    """Write model.safetensors and config.json, for AutoModelForCausalLM.from_pretrained."""
     folder, c = Path(folder), model.config
-    with os_errors("write", folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     config = dict(
         KIND, architectures=["GPT2LMHeadModel"], torch_dtype="float32", vocab_size=c.vocab_size,

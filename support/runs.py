@@ -8,13 +8,15 @@ goes on where that checkpoint was. Imports torch only to save and load tensors.
 
 import fcntl
 import hashlib
+import http.client
 import io
 import json
 import os
 import sys
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,28 +25,79 @@ class UserError(Exception):
     """What the user can put right, in one sentence: what was got, what was wanted, what to run."""
 
 
+STOPPED = "\nstopped: the same command goes on from the last checkpoint"
+
+
 def main_exit(main: Callable[[], int | None]) -> int:
-    """The exit code of main(): 2 after a UserError, printed as one line. Bugs keep a traceback."""
+    """The exit code of main(): 2 after a UserError, printed as one line; 130 after Ctrl-C; 1 where
+    nobody reads stdout any more, as after `| head`. Bugs keep a traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before Python started
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # π on a terminal without it
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()  # here a broken pipe is noticed at the latest
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # Python flushes it once more at its end
+        return 1
 
 
-REMEDY = {"read": "check the path; if a stage's file is gone or damaged, delete its folder and run "
-                  "the stage again",
-          "write": "free some space or choose another --out, then run the same command again"}
+def interrupted(kind: type, error: BaseException, trace: Any) -> None:
+    """For sys.excepthook: Ctrl-C before main() runs, while torch is imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(STOPPED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = interrupted
+RESTORE = "check the path, or restore the file; where a stage made it, delete that stage's " \
+          "folder and run the same command again"
 
 
 @contextmanager
-def os_errors(verb: str, path: Path | str) -> Iterator[None]:
-    """The system's refusal (full disk, no permission ...) or damaged JSON becomes a UserError."""
+def reading(path: Path | str, remedy: str = RESTORE) -> Iterator[None]:
+    """For a block that does nothing but read and understand a file: what goes wrong is the file's
+    fault, and becomes a UserError that ends with the remedy."""
     try:
         yield
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot {verb} {path}: {reason}; {REMEDY[verb]}") from error
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+    except Exception as error:  # what a damaged file raises can have any type
+        reason = ": ".join(filter(None, (type(error).__name__, first_line(error))))
+        raise UserError(f"{path} is damaged, or not what was looked for ({reason}); {remedy}"
+                        ) from error
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """The system's refusal to write (full disk, no permission ...) becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or "
+                        "choose another folder, then run the same command again") from error
+
+
+def first_line(error: object, width: int = 200) -> str:
+    return (str(error).splitlines() or [""])[0][:width]
+
+
+def first_ten(items: Sequence[Any]) -> str:
+    """The first ten, and how many more there are."""
+    more = f" and {len(items) - 10:,} more" * (len(items) > 10)
+    return ", ".join(map(str, items[:10])) + more
 
 
 # ------------------------------------------------------------------------------ files
@@ -55,20 +108,23 @@ def save_json(path: Path, obj: Any, indent: int | None = None) -> None:
 
 def read_json(path: Path) -> Any:
     """What save_json wrote. UserError where that is gone or damaged."""
-    with os_errors("read", path):
+    with reading(path):
         return json.loads(path.read_bytes())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, up to the first line that a kill or a power cut left torn."""
-    with os_errors("read", path):
+    with reading(path):
         lines = path.read_bytes().split(b"\n")
     rows = []
     for line in lines[:-1]:  # what follows the last newline is empty, or torn
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -80,17 +136,29 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     path = Path(path)
     # In the same folder: a rename is atomic only inside one filesystem. Not mkstemp, whose files
     # only their owner may read.
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    with os_errors("write", path):
+    temporary = path.parent / f".{path.name[:200]}.{uuid.uuid4().hex}.tmp"
+    with writing(path):
+        clear_temporaries(path.parent)
         try:
             with open(temporary, "xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # its writer lives
+                if not temporary.exists():  # another process cleared it before it was locked
+                    return write_whole(path, write)
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())  # the bytes reach the disk before the name does
-            os.replace(temporary, path)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)  # a rename is a change of the folder
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes the temporary files of a write_whole that was killed."""
+    for leftover in folder.glob(".*.tmp"):
+        with suppress(OSError), open(leftover) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: being written
+            leftover.unlink()
 
 
 def sync(path: Path) -> None:
@@ -102,90 +170,131 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fetch(url: str, path: Path, remedy: str, sha256: str | None = None) -> None:
+    """Downloads url to path, where a file is only when all of it came and its SHA-256 is right."""
+    from torch.hub import download_url_to_file
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f"{path.name}.*.partial"):
+            if leftover.stat().st_mtime < time.time() - 3600:  # of a download that was killed
+                leftover.unlink()
+    try:
+        download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # Runtime: another hash
+        raise UserError(f"cannot download {url} to {path} ({first_line(error)}); try again, or "
+                        f"{remedy}") from error
+
+
 def file_hash(path: Path | str) -> str:
     """16 hex digits of the SHA-256 of a file's bytes."""
-    with os_errors("read", path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def bytes_hash(content: bytes | memoryview) -> str:
+    """16 hex digits of the SHA-256 of these bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def json_hash(obj: Any) -> str:
     """16 hex digits of the SHA-256 of obj as canonical JSON: the order of keys does not matter."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return bytes_hash(text.encode())
+
+
+def tensor_bytes(obj: Any) -> memoryview:
+    """What torch.save writes. Equal states give equal bytes, so that their hash names a state."""
+    import torch
+
+    # torch.save into a file reports a full disk as one of several exceptions, and writes the file's
+    # name, which would be a random one, into the archive.
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getbuffer()
 
 
 def save_tensors(path: Path | str, obj: Any) -> None:
-    """torch.save, whole or not at all. Equal states give equal bytes: file_hash names a state."""
-    import torch
-
-    # By way of memory: torch.save into a file reports a full disk as one of several exceptions, and
-    # writes the file's name, here a random one, into the archive.
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    write_whole(path, lambda file: file.write(buffer.getbuffer()))
+    """torch.save, whole or not at all."""
+    content = tensor_bytes(obj)
+    write_whole(path, lambda file: file.write(content))
 
 
-def load_tensors(path: Path | str) -> Any:
+def load_tensors(path: Path | str, remedy: str = RESTORE) -> Any:
     """What save_tensors wrote, on the CPU. UserError if missing, truncated or foreign."""
     import torch
 
-    with os_errors("read", path):
-        file = open(path, "rb")
-    with file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged file fails anywhere inside torch, with any type
-            raise UserError(f"{path} is truncated or not one of this project's files: restore it, "
-                            "or delete it and run the same command again") from error
+    with reading(path, remedy), open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 # ------------------------------------------------------------------------------ a run's folder
+
+@contextmanager
+def lock(folder: Path, name: str) -> Iterator[None]:
+    """Makes the folder; in the block no other process has its lock of this name. UserError else."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / name, "ab")
+    # A file with a process id would outlive kill -9; a flock ends with its process. The file stays,
+    # since removing it would race.
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is in use by another process: wait for it to end, or choose "
+                            "another --out") from error
+        yield
+
 
 class Run:
     """A folder with config.json, metrics.jsonl, resume.pt while unfinished, and `final` at the end.
 
     settings and parents (name -> hash) are its identity; about (versions, device, command) is only
     recorded. `if not run.finished:`, then `with run:` load_checkpoint, log and checkpoint, finish.
+    A folder with neither `final` nor resume.pt has nothing to lose: it begins again.
     """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any], parents: dict[str, str],
                  final: str = "model.pt", about: dict[str, Any] = {}):
         self.folder, self.final, self.about = Path(folder), final, about
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as on the disk
-        self.parents = dict(parents)
+        self.parents, self.files = dict(parents), {}  # files: name -> hash, of a finished run
         self.identity = json_hash({"settings": self.settings, "parents": self.parents})
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
     def _has(self, name: str) -> bool:
-        with os_errors("read", self.folder):
+        with reading(self.folder):
             return self.path(name).exists()
 
     @property
     def finished(self) -> bool:
-        """Whether `final` is there. UserError on another identity."""
-        return self._mine() and self._has(self.final)
+        """Whether `final` is there. UserError on another identity, or where a file that the run
+        made has changed since."""
+        if not self._mine() or not self._has(self.final):
+            return False
+        for name in {self.final: "", **self.files}:
+            now = file_hash(self.path(name))
+            if now != self.files.setdefault(name, now):
+                raise UserError(f"{self.path(name)} has changed since the run was finished: restore"
+                                f" it, or delete {self.folder} and run the same command again")
+        return True
 
     def _mine(self) -> bool:
-        """Whether the folder's config.json has this identity; False where nothing was begun."""
-        if not self._has("config.json"):
-            for name in (self.final, "resume.pt", "metrics.jsonl"):
-                if self._has(name):
-                    raise UserError(f"{self.folder} holds {name} but no config.json to say what "
-                                    "made it: move it away, or choose another --out")
+        """Whether the folder holds something of this identity; False where nothing was made."""
+        made = [name for name in (self.final, "resume.pt") if self._has(name)]
+        if not made:
             return False
         path = self.path("config.json")
-        with os_errors("read", path):
-            content = path.read_bytes()
-        try:
-            config = json.loads(content)
+        if not self._has("config.json"):
+            raise UserError(f"{self.folder} holds {made[0]} but no config.json to say what "
+                            "made it: move it away, or choose another --out")
+        with reading(path, f"restore it, or delete {self.folder} and run the same command again"):
+            config = json.loads(path.read_bytes())
             settings, parents = dict(config["settings"]), dict(config["parents"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged: restore it, or delete {self.folder} and run the "
-                            "same command again") from error
+            self.files = dict(config.get("files", {}))
         for name, before, now in differences(settings, self.settings):
             raise UserError(f"{self.folder} was made with {name} = {before}, and this command has "
                             f"{name} = {now}: choose another --out, or give the same setting")
@@ -195,35 +304,25 @@ class Run:
         return True
 
     def __enter__(self) -> "Run":
-        """Makes and locks the folder, checks its identity, and clears what a kill left behind."""
-        with os_errors("write", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A file with a process id would outlive kill -9; a flock ends with its process. The
-            # file stays, since removing it would race.
-            self._lock = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            with os_errors("write", self.folder):
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(f"{self.folder} is in use by another process: wait for it to "
-                                    "end, or choose another --out") from error
-                for leftover in self.folder.glob(".*.tmp"):  # of a write_whole that was killed
-                    leftover.unlink()
+        """Locks the folder, checks its identity, and clears what an attempt left behind that
+        reached no checkpoint."""
+        with ExitStack() as stack:
+            stack.enter_context(lock(self.folder, ".lock"))
             if not self._mine():
-                config = {"identity": self.identity, "settings": self.settings,
-                          "parents": self.parents, "about": self.about}
-                save_json(self.path("config.json"), config, indent=1)
-            if not self._has(self.final) and not self._has("resume.pt"):
-                with os_errors("write", self.folder):
-                    self.path("metrics.jsonl").unlink(missing_ok=True)  # the run starts again
-        except BaseException:
-            os.close(self._lock)
-            raise
+                with writing(self.folder):
+                    clear_temporaries(self.folder)
+                    self.path("metrics.jsonl").unlink(missing_ok=True)
+                self._save_config()
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        self._lock.close()
+
+    def _save_config(self) -> None:
+        config = {"identity": self.identity, "settings": self.settings, "parents": self.parents,
+                  "about": self.about, "files": self.files}
+        save_json(self.path("config.json"), config, indent=1)
 
     def load_checkpoint(self, parts: dict[str, Any], steps: int) -> int:
         """Puts the last checkpoint back into `parts`, each with state_dict and load_state_dict.
@@ -237,27 +336,23 @@ class Run:
         path = self.path("resume.pt")
         if not self._has("resume.pt"):
             return 0
-        state = load_tensors(path)
-        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-            raise UserError(f"{path} is no checkpoint of a run: restore it, or delete it and run "
-                            "the same command again, from step 0")
-        try:
+        again = "delete it, and the same command begins again from step 0"
+        with reading(path, again):
+            state = load_tensors(path, again)
+            step = int(state["step"])
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is a checkpoint of another configuration "
-                            f"({str(error).splitlines()[0]}): delete {self.folder}") from None
-        rows = [row for row in self.metrics() if row["step"] < state["step"]]
+        rows = [row for row in self.metrics() if row["step"] < step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(self.path("metrics.jsonl"), lambda file: file.write(text.encode()))
-        if state["step"] < steps:
-            print(f"  going on at step {state['step']} of {steps}")
-        return state["step"]
+        if step < steps:
+            print(f"  going on at step {step} of {steps}")
+        return step
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl. row["step"]: the step that it belongs to."""
         line, path = json.dumps(row) + "\n", self.path("metrics.jsonl")
-        with os_errors("write", path), open(path, "ab") as file:
+        with writing(path), open(path, "ab") as file:
             file.write(line.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -266,23 +361,30 @@ class Run:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces resume.pt. state is all that going on needs; state["step"], the next step."""
-        self._save("resume.pt", state)
+        self._save("resume.pt", tensor_bytes(state))
 
     def finish(self, obj: Any) -> None:
         """Writes `final`, which marks the run finished, and only then removes resume.pt.
 
-        obj: a state for save_tensors, or a function write(file) for another format.
+        obj: a state for save_tensors, or the bytes of another format. config.json notes before it
+        the hashes of what the run has made, so that no later stage reads a file that has changed.
         """
-        self._save(self.final, obj)
-        with os_errors("write", self.folder):
+        content = obj if isinstance(obj, bytes) else tensor_bytes(obj)
+        self.files = {path.name: file_hash(path) for path in sorted(self.folder.iterdir())
+                      if path.suffix in (".json", ".jsonl", ".tiktoken")
+                      and path.name not in ("config.json", self.final)}
+        self.files[self.final] = bytes_hash(content)
+        self._save_config()
+        self._save(self.final, content)
+        with writing(self.folder):
             self.path("resume.pt").unlink(missing_ok=True)
 
-    def _save(self, name: str, obj: Any) -> None:
+    def _save(self, name: str, content: bytes | memoryview) -> None:
         metrics = self.path("metrics.jsonl")
         if self._has("metrics.jsonl"):
-            with os_errors("write", metrics):
+            with writing(metrics):
                 sync(metrics)  # no checkpoint on the disk before the rows that it says were logged
-        (write_whole if callable(obj) else save_tensors)(self.path(name), obj)
+        write_whole(self.path(name), lambda file: file.write(content))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

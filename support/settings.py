@@ -6,15 +6,22 @@ goes, never what comes out.
 """
 
 import argparse
+import os
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from support.runs import UserError, file_hash, json_hash
+from support.hf_gpt2 import GPT2_SIZES
+from support.runs import UserError, file_hash, json_hash, reading
+
+SEED, RATE = 2**32 - 1, 1e38  # the largest: numpy's oldest seed, a number in float32
 
 
-def opt(group, default, help, choices=None, low=0):
-    return field(default=default, metadata=dict(group=group, help=help, choices=choices, low=low))
+def opt(group, default, help, choices=None, low=0, high=10**9):
+    """A setting. A number must be from low to high."""
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, low=low,
+                                                high=high))
 
 
 @dataclass(frozen=True)
@@ -23,16 +30,19 @@ class Settings:
 
     # ---- data
     corpus: str = opt("data", "toy", "which reviews", ("toy", "imdb"))
-    reviews: int = opt("data", 20_000, "reviews to write (toy), or of each split (imdb; 0: all)")
+    reviews: int = opt("data", 20_000, "reviews to write (toy), or of each split (imdb; 0: all)",
+                       high=10**7)
     vocab: str = opt("data", "1280", "gpt2, or the size of a BPE trained on the corpus")
-    seed: int = opt("data", 0, "seed of the corpus, the weights, the batches and the samples")
+    seed: int = opt("data", 0, "seed of the corpus, the weights, the batches and the samples",
+                    high=SEED)
     # ---- model
-    n_layer: int = opt("model", 2, "blocks", low=1)
+    n_layer: int = opt("model", 2, "blocks", low=1, high=1_000)
     n_head: int = opt("model", 4, "attention heads", low=1)
-    n_embd: int = opt("model", 64, "channels", low=1)
+    n_embd: int = opt("model", 64, "channels", low=1, high=10**5)
     n_ctx: int = opt("model", 80, "context in tokens; a toy prompt and completion have at most 73",
-                     low=10)
-    init: str = opt("model", "", "start from a Hugging Face folder, gpt2, gpt2-medium, gpt2-large")
+                     low=10, high=10**6)
+    init: str = opt("model", "", "start from a run's or a Hugging Face folder, or from gpt2, "
+                    "gpt2-medium, gpt2-large, gpt2-xl")
     precision: str = opt("model", "auto", "of the matrix products; auto: bf16 (or else fp16) on a "
                          "GPU, fp32 on a CPU", ("auto", "fp32", "bf16", "fp16"))
     compile: bool = opt("model", False, "compile the model with torch.compile")
@@ -40,73 +50,86 @@ class Settings:
     sft_steps: int = opt("sft", 900, "optimizer steps", low=1)
     sft_batch: int = opt("sft", 32, "windows per step", low=1)
     sft_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
-    sft_lr: float = opt("sft", 1.2e-2, "peak rate; a tiny model wants ten times GPT-2's")
+    sft_lr: float = opt("sft", 1.2e-2, "peak rate; a tiny model wants ten times GPT-2's", high=RATE)
     sft_warmup: int = opt("sft", 40, "steps of linear warm-up")
     sft_decay: float = opt("sft", 0.01, "weight decay of the matrices")
-    dropout: float = opt("sft", 0.0, "in SFT alone: log-probs are compared without dropout")
+    dropout: float = opt("sft", 0.0, "in SFT alone: log-probs are compared without dropout",
+                         high=0.99)
     # ---- reward: labels -> r*
     reward: str = opt("reward", "auto", "auto: exact on the toy, trained on imdb; siebert: the "
                       "paper's judge, which needs transformers", ("auto", "siebert"))
     siebert_path: str = opt("reward", "siebert/sentiment-roberta-large-english", "name or folder")
     reward_steps: int = opt("reward", 1, "optimizer steps (not used where r* is exact)", low=1)
-    reward_batch: int = opt("reward", 32, "whole reviews per step, and as many crops", low=1)
-    reward_lr: float = opt("reward", 1e-4, "peak rate")
-    reward_ctx: int = opt("reward", 512, "tokens that r* reads: the end of a long review", low=16)
+    reward_batch: int = opt("reward", 32, "whole reviews per step, and as many crops", low=1,
+                            high=10**7)
+    reward_lr: float = opt("reward", 1e-4, "peak rate", high=RATE)
+    reward_ctx: int = opt("reward", 512, "tokens that r* reads: the end of a long review", low=16,
+                          high=10**6)
     # ---- groups: π_ref's samples, judged
     groups: str = opt("groups", "", "other people's preferences instead: a JSONL file")
     reference: str = opt("groups", "", "π_ref of that file: a run's folder or a Hugging Face one")
-    prompts: int = opt("groups", 7_500, "prompts (the paper: 25,000)", low=10)
-    num_completions: int = opt("groups", 4, "completions per prompt, K; 4 give 6 pairs", low=2)
-    max_new_tokens: int = opt("groups", 64, "tokens of a completion at most", low=1)
-    eval_prompts: int = opt("groups", 384, "held-out prompts that every policy is judged on", low=2)
-    valid_prompts: int = opt("groups", 128, "validation prompts, to choose learning rates", low=2)
+    prompts: int = opt("groups", 7_500, "prompts (the paper: 25,000)", low=10, high=10**7)
+    num_completions: int = opt("groups", 4, "completions per prompt, K; 4 give 6 pairs", low=2,
+                               high=1_000)
+    max_new_tokens: int = opt("groups", 64, "tokens of a completion at most", low=1, high=10**5)
+    eval_prompts: int = opt("groups", 384, "held-out prompts that every policy is judged on", low=2,
+                            high=10**7)
+    valid_prompts: int = opt("groups", 128, "validation prompts, to choose learning rates", low=2,
+                             high=10**7)
     optimum_samples: int = opt("groups", 32, "samples of π_ref per held-out prompt, from which "
-                               "Eq. 4's optimum is estimated", low=2)
+                               "Eq. 4's optimum is estimated", low=2, high=10**5)
     # ---- rm: groups -> r_φ
     rm_epochs: int = opt("rm", 3, "passes; the best checkpoint on held-out pairs is kept", low=1)
     rm_batch: int = opt("rm", 22, "groups per step", low=1)
-    rm_lr: float = opt("rm", 1e-3, "peak rate")
+    rm_lr: float = opt("rm", 1e-3, "peak rate", high=RATE)
     # ---- every method
     eval_every: int = opt("method", 0, "steps between evaluations; 0: four evaluations per run")
-    run_seed: int = opt("method", 0, "seed of batches and rollouts alone; --seed makes π_ref anew")
+    run_seed: int = opt("method", 0, "seed of batches and rollouts alone; --seed makes π_ref anew",
+                        high=SEED)
     # ---- dpo
     loss: str = opt("dpo", "pairwise", "Eq. 7, or A.3's ranking", ("pairwise", "plackett-luce"))
     weight: str = opt("dpo", "sigmoid", "importance weight: sigmoid is DPO; constant, hinge, "
                       "indicator, ipo, cdpo, exponential, or FILE.py:FUNCTION")
-    beta: float = opt("dpo", 1.6, "β of Eq. 3 and 7; the paper's 0.1 over-optimises the toy")
+    beta: float = opt("dpo", 1.6, "β of Eq. 3 and 7; the paper's 0.1 over-optimises the toy",
+                      low=1e-6, high=10**6)
     dpo_steps: int = opt("dpo", 900, "optimizer steps", low=1)
     labels: str = opt("dpo", "hard", "who wins a pair: hard, the higher r*; sampled, drawn from "
                       "Eq. 1; soft, Eq. 1's probability as the label", ("hard", "sampled", "soft"))
-    label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*")
+    label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*",
+                             low=1e-6, high=10**6)
     alpha: float = opt("dpo", 0.5, "α, the weight of log π(y_l) in --stage unlikelihood (C.3)")
-    dpo_batch: int = opt("dpo", 11, "groups per step, of 6 pairs each: near the paper's 64", low=1)
+    dpo_batch: int = opt("dpo", 11, "groups per step, of 6 pairs each: near the paper's 64", low=1,
+                         high=10**7)
     dpo_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
     dpo_schedule: str = opt("dpo", "linear", "after the warm-up", ("constant", "linear", "cosine"))
-    dpo_lr: float = opt("dpo", 7e-4, "peak rate; the paper's is 1e-6 at 774M parameters")
+    dpo_lr: float = opt("dpo", 7e-4, "peak rate; the paper's is 1e-6 at 774M parameters", high=RATE)
     dpo_warmup: int = opt("dpo", 150, "steps of linear warm-up; RMSprop's first steps are too long")
     grad_clip: float = opt("dpo", 1.0, "largest norm of the gradient; 0: no clipping")
     dpo_module: str = opt("dpo", "", "a student's file; its functions replace those of dpo.py")
     # ---- ppo: r_φ or r* -> π_θ, by Eq. 3
     ppo_steps: int = opt("ppo", 17, "iterations", low=1)
-    ppo_rollouts: int = opt("ppo", 256, "completions per iteration (the paper: 1,024)", low=8)
-    ppo_lr: float = opt("ppo", 1e-3, "rate of the policy")
-    ppo_value_lr: float = opt("ppo", 3e-3, "rate of the value network")
+    ppo_rollouts: int = opt("ppo", 256, "completions per iteration (the paper: 1,024)", low=8,
+                            high=10**7)
+    ppo_lr: float = opt("ppo", 1e-3, "rate of the policy", high=RATE)
+    ppo_value_lr: float = opt("ppo", 3e-3, "rate of the value network", high=RATE)
     ppo_target: float = opt("ppo", 2.0, "KL in nats to which β is steered; 0: β stays as it is")
     ppo_beta: float = opt("ppo", 0.3, "β of Eq. 3 at first, in π_ref's standard deviations of r")
     # ---- best-of-n
-    best_of: int = opt("samples", 128, "samples of π_ref per test prompt: the largest N", low=2)
+    best_of: int = opt("samples", 128, "samples of π_ref per test prompt: the largest N", low=2,
+                       high=10**5)
     # ---- frontier: every method of Figure 2
-    seeds: int = opt("frontier", 1, "run seeds of every setting", low=1)
+    seeds: int = opt("frontier", 1, "run seeds of every setting", low=1, high=1_000)
     evals_per_run: int = opt("frontier", 3, "evaluations of every run, at regular steps", low=1)
     sweep_steps: int = opt("frontier", 300, "optimizer steps of every run but PPO's", low=1)
     label_dial: bool = opt("frontier", False, "also sampled and soft labels, s/β from 5 to 50")
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
     # ---- run
-    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, four on a GPU")
+    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, four on a GPU",
+                    high=1_000)
     device: str = opt("run", "auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
-    threads: int = opt("run", 0, "CPU threads; 0: torch's choice")
+    threads: int = opt("run", 0, "CPU threads; 0: torch's choice", high=1_000)
     out: str = opt("run", "out", "folder of all runs")
     data: str = opt("run", "data", "folder of the corpus and its tokens")
     save_secs: float = opt("run", 10.0, "seconds between checkpoints")
@@ -175,18 +198,30 @@ def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
 
 
 def user_files(cfg: Settings, stage: str) -> dict[str, str]:
-    """The hashes of what a user gave to a stage: a changed file is another parent."""
-    files = [cfg.groups] if stage in ("groups", "chosen") else \
-        [cfg.dpo_module, cfg.weight.rpartition(":")[0]] if stage in ("dpo", *OTHER_LOSSES) else []
-    hashes = {path: file_hash(path) for path in files if path}
-    folder = {"sft": cfg.init, "chosen": cfg.init, "groups": cfg.reference}.get(stage)
-    if folder:  # of a run or of Hugging Face; or a name, whose weights do not change: ""
-        found = [path for name in ("model.pt", "model.safetensors", "pytorch_model.bin")
-                 if (path := Path(folder) / name).exists()]
-        if not found and stage == "groups":
-            raise UserError(f"--reference {folder} is no run and no Hugging Face folder")
-        hashes[folder] = file_hash(found[0]) if found else ""
+    """The hashes of all files that a user gave to a stage: a changed one makes another parent."""
+    judge = [cfg.siebert_path] if cfg.reward == "siebert" and not cfg.groups else []
+    given = {"sft": [cfg.init], "chosen": [cfg.groups, cfg.init],
+             "groups": [cfg.groups, cfg.reference, *judge],
+             **dict.fromkeys(("dpo", *OTHER_LOSSES),
+                             [cfg.dpo_module, cfg.weight.rpartition(":")[0]])}
+    hashes = {}
+    for name in filter(None, given.get(stage, [])):
+        if name in GPT2_SIZES:
+            hashes[name] = ""  # its weights do not change
+        elif Path(name).is_dir():
+            hashes |= {str(path): file_hash(path) for path in checkpoint_files(Path(name))}
+        elif name not in judge:  # a judge that is no folder is a name on the Hugging Face hub
+            hashes[name] = file_hash(name)
     return hashes
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that loading a run's or a Hugging Face folder reads: weights, sizes, tokenizer."""
+    if (folder / "model.pt").exists():
+        return [folder / "model.pt", folder / "bpe.tiktoken"]
+    with reading(folder):
+        return [path for path in sorted(folder.iterdir())
+                if path.suffix in (".json", ".txt", ".safetensors", ".bin")]
 
 
 # ------------------------------------------------------------------------------ command line
@@ -238,23 +273,26 @@ def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
     if stage in OTHER_LOSSES:
         cfg = replace(cfg, loss=stage)
     check(cfg)
+    check_memory(cfg, cuda)
     return stage, name, reason, cfg
 
 
 def check(cfg: Settings) -> None:
     """UserError for a value out of range, and for settings that exclude each other."""
     for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        low, flag = f.metadata["low"], f.name.replace("_", "-")
-        if f.type in (int, float) and not value >= low:
-            raise UserError(f"--{flag} is {value}; it must be at least {low}")
-    if not 0 < cfg.beta < float("inf"):
-        raise UserError(f"--beta is {cfg.beta}; it must be positive")
-    if not cfg.dropout < 1:
-        raise UserError(f"--dropout is {cfg.dropout}; it must be in [0, 1)")
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        flag = f"--{f.name.replace('_', '-')} is {value!r}"
+        if f.type in (int, float) and not low <= value <= high:
+            raise UserError(f"{flag}; it must be from {low} to {high}")
+        # nothing, a NUL byte, or bytes that are no UTF-8, which Python shows as surrogates
+        if f.type is str and value != f.default and not re.fullmatch("[^\0\ud800-\udfff]+", value):
+            raise UserError(f"{flag}; it must be a name, in UTF-8")
+    for name in (cfg.out, cfg.data, cfg.groups, cfg.init, cfg.reference):
+        with reading(name):
+            (Path(name) / "x").exists()  # OSError: a name too long, or no permission
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"--n-embd {cfg.n_embd} does not divide by --n-head {cfg.n_head}")
-    if cfg.vocab != "gpt2" and not (cfg.vocab.isdigit() and 257 <= int(cfg.vocab) <= 65_536):
+    if cfg.vocab != "gpt2" and cfg.vocab not in map(str, range(257, 65_537)):
         raise UserError(f"--vocab is {cfg.vocab!r}; give gpt2 or a size from 257 to 65536")
     longest = 9 + cfg.max_new_tokens  # <|endoftext|>, 8 tokens of a prompt, a completion
     if cfg.corpus == "imdb" and cfg.reward == "auto" and cfg.reward_ctx < longest:
@@ -268,3 +306,18 @@ def check(cfg: Settings) -> None:
                         "and --weight")
     if cfg.reference and not cfg.groups:
         raise UserError("--reference is the π_ref of a preference file: give --groups FILE with it")
+
+
+def check_memory(cfg: Settings, cuda: bool) -> None:
+    """UserError for a new model that does not fit the memory, at 4 bytes per number.
+
+    A CPU holds weights, gradients and AdamW's two moments. A GPU says itself what does not fit it,
+    but weights are made on the CPU before.
+    """
+    V, C = 50_257 if cfg.vocab == "gpt2" else int(cfg.vocab), cfg.n_embd
+    n = 12 * cfg.n_layer * C * C + (V + cfg.n_ctx) * C  # all but biases and norms
+    needed = n * (4 if cuda and cfg.device != "cpu" else 16) / 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if needed > memory and not (cfg.init or cfg.reference):
+        raise UserError(f"a model of {n:,} parameters needs about {needed:,.0f} GB, this machine "
+                        f"has {memory:,.0f} GB: give a smaller --n-layer, --n-embd or --n-ctx")

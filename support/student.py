@@ -1,29 +1,50 @@
 """A student's own code: a weight for --weight, and functions that replace the core's.
 
-The core's module and its table of weights are arguments. Bad code is a UserError, raised before
-any training where that is possible.
+The core's module and its table of weights are arguments. Whatever that code raises is a UserError
+with file and line, before any training where that is possible.
 """
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from support.runs import UserError
+from support.runs import UserError, first_line
+
+
+@contextmanager
+def blame(path: str) -> Iterator[None]:
+    """What the code of a user's file raises in the block, sys.exit() included, is a UserError with
+    the line of that file, or of ours where the code broke it."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        frames = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)]
+        frames.append((getattr(error, "filename", None), getattr(error, "lineno", None)))  # syntax
+        mine = [(path, line) for name, line in frames if name == os.path.abspath(path)]
+        name, line = mine[-1] if mine else frames[-2]
+        raise UserError(f"with the code of {path}, {name}:{line} raised {type(error).__name__}: "
+                        f"{first_line(error)}; correct it, and run the same command again"
+                        ) from error
 
 
 def import_file(path: str) -> ModuleType:
     """The module in a user's file. UserError when there is no file, or its code fails."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    try:
+    if not spec or not Path(path).is_file():
+        raise UserError(f"cannot import {path}: there is no such Python file")
+    with blame(path):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as error:  # no such file, or anything that its code raises
-        raise UserError(f"cannot import {path}: {error!r}") from error
     return module
 
 
@@ -31,7 +52,8 @@ def load_weight(spec: str, weights: Mapping[str, Callable]) -> Callable[[Tensor,
     """The weight (margin (N,), beta) -> (N,) of this name in `weights`, or of path.py:function.
 
     UserError for an unknown name, a missing file or function, or a wrong signature. A user's
-    function is also checked at each call: UserError for a wrong shape or a value not finite.
+    function is called once here, and checked at each call: UserError for what it raises, for a
+    wrong shape, and for a value that is not finite.
     """
     if spec in weights:
         return weights[spec]
@@ -49,7 +71,8 @@ def load_weight(spec: str, weights: Mapping[str, Callable]) -> Callable[[Tensor,
         raise UserError(f"{where} must take (margin, beta): {error}") from error
 
     def weight(margin: Tensor, beta: float) -> Tensor:
-        w = function(margin, beta)
+        with blame(path):
+            w = function(margin, beta)
         got = tuple(w.shape) if torch.is_tensor(w) else type(w).__name__
         if got != tuple(margin.shape):
             raise UserError(f"{where} must return a tensor of the margin's shape "
@@ -60,6 +83,7 @@ def load_weight(spec: str, weights: Mapping[str, Callable]) -> Callable[[Tensor,
                             f"{margin[wrong][0]:g}")
         return w.to(margin)
 
+    weight(torch.tensor([-1.0, 0.0, 1.0]), 1.0)
     return weight
 
 
@@ -83,8 +107,16 @@ def own_functions(module: ModuleType, path: str) -> dict[str, Callable]:
     return shared
 
 
-def use_module(module: ModuleType, path: str) -> list[str]:
-    """Puts the functions of a student's file in place of the module's; returns their names."""
-    functions = own_functions(module, path)
-    vars(module).update(functions)
-    return list(functions)
+@contextmanager
+def own_code(module: ModuleType, path: str) -> Iterator[None]:
+    """In the block the functions of a student's file, if a path is given, replace the module's."""
+    if not path:
+        yield
+        return
+    theirs, ours = own_functions(module, path), dict(vars(module))
+    vars(module).update(theirs)
+    try:
+        with blame(path):
+            yield
+    finally:
+        vars(module).update(ours)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KILL, TINY, command, folder, same, stopped_and_finished
+from conftest import KILL, TINY, command, folder, same, stopped, stopped_and_finished
 
 import dpo
 from evaluate import pairwise_accuracy, rank_correlation, standard_error
@@ -78,15 +78,21 @@ def test_the_checkpoint_of_best_held_out_accuracy_is_kept(job, compared):
 
 
 def test_a_better_checkpoint_from_before_a_kill_is_kept(chain, copied):
-    """best.pt of a run that was killed: here one that no other can beat."""
-    argv = [*FEW, "--stage", "rm", "--out", str(copied("sft", "groups")), "--data", str(chain.data)]
+    """best.pt of a run that was killed: here one that no other can beat. It is not that of a run
+    that was killed before its first checkpoint: then the run begins again."""
+    argv = [*FEW, "--stage", "rm", "--out", str(copied("sft", "groups")), "--data", str(chain.data),
+            "--save-secs", "0"]
     _, preset, _, cfg = parse(argv, False)
     job = Job(preset, cfg, argv)
     best = RewardModel.from_gpt(job.load_reference(), cfg.n_ctx)
     torch.nn.init.normal_(best.score.weight)
+    state = dict(accuracy=2.0, rank_correlation=0.5, model=best.state_dict())
     job.folder("rm").mkdir()
-    save_tensors(job.folder("rm") / "best.pt",
-                 dict(accuracy=2.0, rank_correlation=0.5, model=best.state_dict()))
+    save_tensors(job.folder("rm") / "best.pt", state)
+    stopped(argv, KILL, "after", "resume.pt")
+    if (job.folder("rm") / "best.pt").exists():
+        assert load_tensors(job.folder("rm") / "best.pt")["accuracy"] <= 1, "nobody's best"
+    save_tensors(job.folder("rm") / "best.pt", state)
     assert command(*argv).code == 0
     kept = RewardModel.load(job.folder("rm") / "model.pt").state_dict()
     for name, value in best.state_dict().items():

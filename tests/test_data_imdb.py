@@ -1,6 +1,7 @@
 """Laws of data_imdb.py: what is read is what was written; every token is a target once. The bad
 files of users are rows of test_mistakes.py."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ import regex
 import data_imdb
 from data_imdb import (EOT, Data, Groups, Tokens, UserError, gather_groups, lm_batch, lm_batches,
                        sample_prompts, split_prompts, train_bpe)
+from support import imdb_archive
+from support.runs import main_exit
 
 IMDB = os.environ.get("IMDB_PATH", "")
 quiet = {"progress": lambda text: None}
@@ -122,6 +127,19 @@ def test_an_encoding_survives_the_disk(tmp_path):
     assert again._mergeable_ranks == enc._mergeable_ranks and again.eot_token == enc.eot_token
 
 
+@pytest.mark.parametrize("damage", [
+    lambda lines: lines[1:], lambda lines: [*lines, lines[0]], lambda lines: [b"\xff \xfe"],
+    lambda lines: [], lambda lines: [b"{}"], lambda lines: [b"", *lines],
+    lambda lines: [line.split()[1] for line in lines]])
+def test_damaged_ranks_are_refused(tmp_path, damage):
+    with open(tmp_path / "bpe", "wb") as file:
+        data_imdb.save_encoding(file, train_bpe(["the film was good " * 3], 290))
+    lines = (tmp_path / "bpe").read_bytes().splitlines()
+    (tmp_path / "bpe").write_bytes(b"\n".join(damage(lines)))
+    with pytest.raises(UserError, match="bpe is damaged, or not what was looked for"):
+        data_imdb.load_encoding(tmp_path / "bpe")
+
+
 def test_gpt2_saved_is_gpt2(tmp_path):
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary would be downloaded")
@@ -133,6 +151,30 @@ def test_gpt2_saved_is_gpt2(tmp_path):
     for text in ["It's 2 films,  isn't\n\n it?", *("".join(rng.choices("ab é'☃\n 1.", k=50))
                                                   for _ in range(200))]:
         assert again.encode_ordinary(text) == enc.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "not writable"])
+def test_gpt2s_files_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch, trouble):
+    def read_file(url):  # of a network that answers with a page of its own, or as it should
+        if trouble == "damaged":
+            return b"<html>please log in</html>"
+        return (source / hashlib.sha1(url.encode()).hexdigest()).read_bytes()
+
+    if not (source := Path(os.environ.get("TIKTOKEN_CACHE_DIR", ""))).is_absolute():
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set")
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})  # tiktoken's own cache
+    monkeypatch.setattr("tiktoken.load.read_file", read_file)
+    cache = tmp_path / "cache"
+    if trouble == "damaged":
+        shutil.copytree(source, cache)
+        for file in cache.iterdir():
+            file.chmod(0o644)
+            file.write_bytes(b"noise")
+    else:
+        cache.write_text("a file where a folder was wanted")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    with pytest.raises(UserError, match=r"GPT-2's vocab.bpe.*\(.+\); set TIKTOKEN_CACHE_DIR to"):
+        data_imdb.gpt2_encoding()
 
 
 # ------------------------------------------------------------------------------ streams
@@ -266,18 +308,6 @@ def tiny(tmp_path, monkeypatch):
     return write_archive(tmp_path / "tiny.tar.gz", tiny_reviews())
 
 
-def test_archive_of_either_kind_and_folder_read_alike(tiny, tmp_path):
-    names = dict(reversed(tiny_reviews().items()))
-    xz = write_archive(tmp_path / "tiny.tar.xz", names, "w:xz")
-    for name, text in names.items():
-        file = tmp_path / "folder" / "aclImdb" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    wanted = data_imdb.read_imdb(tiny, tmp_path, **quiet)
-    for other in (xz, tmp_path / "folder", tmp_path / "folder" / "aclImdb"):
-        assert data_imdb.read_imdb(other, tmp_path, **quiet) == wanted, other
-
-
 def test_reviews_labels_and_line_breaks(tiny, tmp_path):
     splits, _ = data_imdb.read_imdb(tiny, tmp_path, **quiet)
     for split in ("train", "valid", "test"):
@@ -304,50 +334,6 @@ def test_another_seed_shuffles_otherwise(tiny, tmp_path):
     splits = [data_imdb.read_imdb(tiny, tmp_path, seed=seed, **quiet)[0] for seed in (0, 0, 1)]
     assert splits[0] == splits[1] and splits[0]["valid"] != splits[2]["valid"]
     assert sorted(splits[0]["test"]) == sorted(splits[2]["test"])
-
-
-def test_members_are_never_written_by_their_path(tiny, tmp_path, monkeypatch):
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    evil = write_archive(tmp_path / "evil.tar.gz", tiny_reviews() | {"../../evil.txt": "evil"})
-    before = set(tmp_path.rglob("*"))
-    data_imdb.read_imdb(evil, tmp_path, **quiet)
-    assert set(tmp_path.rglob("*")) == before, "reading an archive wrote something"
-
-
-@pytest.mark.parametrize("mode", ["w:gz", "w:xz"])
-def test_an_archive_cut_short_anywhere_is_refused(tiny, tmp_path, mode):
-    whole = write_archive(tmp_path / "whole", tiny_reviews(), mode).read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 0xFF
-    for content in (*(whole[: int(share * len(whole))] for share in (0, 0.01, 0.3, 0.9)), damaged):
-        (tmp_path / "cut.tar").write_bytes(content)
-        with pytest.raises(UserError, match=r"cut\.tar.*IMDB_PATH"):
-            data_imdb.read_imdb(tmp_path / "cut.tar", tmp_path, **quiet)
-    with pytest.raises(UserError, match=r"gone\.tar.*IMDB_PATH"):
-        data_imdb.read_imdb(tmp_path / "gone.tar", tmp_path, **quiet)
-
-
-def test_too_few_reviews_are_refused(tiny, tmp_path):
-    names = tiny_reviews()
-    del names["train/neg/17_2.txt"]
-    path = write_archive(tmp_path / "few.tar.gz", names)
-    with pytest.raises(UserError, match="has 39 reviews named train/neg.*wanted 40"):
-        data_imdb.read_imdb(path, tmp_path, **quiet)
-
-
-def test_a_download_counts_only_with_its_checksum(tiny, tmp_path, monkeypatch):
-    """From a server on this disk, by torch.hub's real function."""
-    monkeypatch.setattr(data_imdb, "URL", f"file://{tiny}")
-    cache = tmp_path / "cache"
-    with pytest.raises(UserError, match="md5.*wanted 84,125,825.*IMDB_PATH"):
-        data_imdb.download(cache, **quiet)
-    assert not (cache / "aclImdb_v1.tar.gz").exists(), "kept what is not the corpus"
-    monkeypatch.setattr(data_imdb, "MD5", data_imdb.hashlib.md5(tiny.read_bytes()).hexdigest())
-    wanted = data_imdb.read_imdb(tiny, tmp_path, **quiet)
-    assert data_imdb.read_imdb(None, cache, **quiet) == wanted
-    tiny.unlink()
-    assert data_imdb.read_imdb(None, cache, **quiet) == wanted, "downloaded again"
 
 
 # ------------------------------------------------------------------------------ load
@@ -429,6 +415,148 @@ def test_imdb_loads_with_its_labels(tiny, tmp_path, monkeypatch):
     assert data_imdb.load("imdb", 400, tmp_path / "data", 0, 0, **quiet).identity != data.identity
 
 
+def test_the_official_reviews_have_one_cache_whatever_holds_them(tiny, tmp_path, monkeypatch):
+    def load(path=None):
+        monkeypatch.setenv("IMDB_PATH", str(path or ""))
+        return data_imdb.load("imdb", 300, tmp_path / "data", 0, 0, **quiet)
+
+    xz = write_archive(tmp_path / "tiny.tar.xz", dict(reversed(tiny_reviews().items())), "w:xz")
+    for name, path in dict(SHA256=tiny, RECOMPRESSED=xz).items():
+        monkeypatch.setattr(imdb_archive, name, hashlib.sha256(path.read_bytes()).hexdigest())
+    first = load(xz)
+    monkeypatch.delattr(data_imdb, "read_imdb")  # and so that nothing is downloaded
+    for other in (tiny, None):
+        assert same(first, load(other))
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_imdb_without_unsup_is_train_alone(tiny, tmp_path, monkeypatch):
+    names = {name: text for name, text in tiny_reviews().items() if "unsup" not in name}
+    few, said = write_archive(tmp_path / "few.tar.gz", names), []
+    whole, data = [], []
+    for path, seen in ((tiny, whole), (few, data)):
+        monkeypatch.setenv("IMDB_PATH", str(path))
+        seen += [data_imdb.load("imdb", 300, tmp_path / "data", 0, 0, said.append)
+                 for _ in range(2)]
+    assert same(*data) and data[0].identity != whole[0].identity
+    assert sum("no train/unsup" in line for line in said) == 1, "said where it is read"
+    for split in ("train", "valid", "test"):
+        assert [data[0].enc.decode(ids[1:]) for ids in data[0].tokens[split]] == \
+            [whole[0].enc.decode(ids[1:]) for ids in whole[0].tokens[split]]
+        assert data[0].labels[split].tolist() == whole[0].labels[split].tolist()
+    assert len(data[0].tokens["unsup"]) == 0 and data[0].labels["unsup"] is None
+    assert [x.tolist() for x in data[0].unlabelled()] == \
+        [x.tolist() for x in data[0].tokens["train"]]
+
+
+def deep(old):
+    return b"[" * 100_000
+
+
+DAMAGE = {"cut short": lambda old: old[: len(old) // 2], "one byte short": lambda old: old[:-1],
+          "empty": lambda old: b"", "longer": lambda old: old + b"0", "deep": deep,
+          "noise": lambda old: random.Random(0).randbytes(len(old)),
+          "one bit": lambda old: old[:-9] + bytes([old[-9] ^ 1]) + old[-8:]}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_refused_and_is_built_again_once_deleted(tmp_path, damage):
+    wanted = data_imdb.load("toy", 300, tmp_path, 60, 0)
+    (base,) = tmp_path.iterdir()
+    for file in sorted(base.iterdir()):
+        old = file.read_bytes()
+        file.write_bytes(DAMAGE[damage](old))
+        with pytest.raises(UserError, match=f"{base} is damaged.*delete {base}, and the same"):
+            data_imdb.load("toy", 300, tmp_path, 60, 0)
+        file.write_bytes(old)
+        assert same(wanted, data_imdb.load("toy", 300, tmp_path, 60, 0))
+
+
+def test_a_cache_is_what_was_written_to_the_last_label(tiny, tmp_path, monkeypatch):
+    """Content that could be read, but is another's, or someone's edit."""
+    monkeypatch.setenv("IMDB_PATH", str(tiny))
+
+    def load():
+        return data_imdb.load("imdb", 300, tmp_path / "data", 0, 0, **quiet)
+
+    wanted = load()
+    (base,) = (tmp_path / "data").iterdir()
+    about = json.loads((base / "about.json").read_bytes())
+    flipped = {"labels": about["labels"] | {"test": [1 - y for y in about["labels"]["test"]]}}
+    fewer = {"labels": about["labels"] | {"test": about["labels"]["test"][1:]}}
+
+    def stream(array):
+        file = io.BytesIO()
+        np.save(file, array)
+        return file.getvalue()
+
+    train = np.load(base / "train.npy")
+    wrong = [("about.json", json.dumps(other).encode()) for other in (
+        {}, 5, [], None, about | flipped, about | fewer, about | {"notes": {}},
+        {key: value for key, value in about.items() if key != "identity"})]
+    wrong += [("train.npy", content) for content in (
+        (base / "test.npy").read_bytes(), stream(train[:-1]), stream(train.astype(np.int64)),
+        stream(train.astype(float)), stream(train[None]), stream(train + 300),
+        stream(np.array([None])), stream(np.uint16(1)))]
+    lines = (base / "bpe.tiktoken").read_bytes().splitlines(keepends=True)
+    wrong += [("bpe.tiktoken", b"".join(lines[:-1]))]
+    for name, content in wrong:
+        old = (base / name).read_bytes()
+        (base / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{base} is damaged.*delete {base}, and the same"):
+            load()
+        (base / name).write_bytes(old)
+    assert same(wanted, load())
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_stands_in_a_files_place_is_refused_not_read(tmp_path, make):
+    wanted = data_imdb.load("toy", 300, tmp_path, 60, 0)
+    (base,) = tmp_path.iterdir()
+    for name in (*data_imdb.FILES, "about.json"):
+        file = (base / name).rename(tmp_path / "away")
+        make(base / name)
+        with pytest.raises(UserError, match=f"{name} is no file.*delete {base}, and the same"):
+            data_imdb.load("toy", 300, tmp_path, 60, 0)
+        (base / name).rmdir() if make is Path.mkdir else (base / name).unlink()
+        file.rename(base / name)
+    shutil.rmtree(base)
+    assert same(wanted, data_imdb.load("toy", 300, tmp_path, 60, 0))
+
+
+@pytest.mark.parametrize("where", ["tarfile.TarInfo.isfile", "heapq.heappop", "numpy.save"])
+def test_ctrl_c_while_imdb_is_read_or_built_is_130_and_the_next_call_builds_it(
+        tiny, tmp_path, monkeypatch, capsys, where):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def load(folder=tmp_path / "data"):
+        loaded.append(data_imdb.load("imdb", 300, folder, 0, 0, **quiet))
+
+    loaded = []
+    monkeypatch.setenv("IMDB_PATH", str(tiny))
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stopped)
+        assert main_exit(load) == 130 and not loaded
+    assert "Traceback" not in capsys.readouterr().err
+    assert main_exit(load) == main_exit(lambda: load(tmp_path / "other")) == 0
+    assert same(*loaded)
+
+
+def test_builders_of_one_cache_at_once_both_end_well(tmp_path):
+    start = threading.Barrier(4)  # all miss the cache before the first has built it
+
+    def build(_):
+        start.wait()
+        return data_imdb.load("toy", 300, tmp_path, 60, 0)
+
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(build, range(4)))
+    assert all(same(data, built[0]) for data in built)
+    (base,) = tmp_path.iterdir()
+    assert len(list(base.iterdir())) == 6, "temporary files are left"
+
+
 # ------------------------------------------------------------------------------ prompts
 
 def test_prompts_are_prefixes_of_every_length_each_review_once():
@@ -461,9 +589,8 @@ def test_prompts_avoid_and_count():
 
 ENC = train_bpe(["this film is good and that film is bad, yes no"], 300)
 E = ENC.eot_token
-OURS = {"prompt": "this film", "completions": [" is good", " is bad", ""],
-        "rewards": [0.9, 0.1, 0.5], "prompt_ids": [E, 5, 6],
-        "completion_ids": [[7, 8, E], [9], [E]]}
+OURS = {"prompt": "film", "completions": [" good", " bad", ""], "rewards": [0.9, 0.1, 0.5],
+        "prompt_ids": [E, *b"film"], "completion_ids": [[*b" good", E], [*b" bad"], [E]]}
 PAIR = {"prompt": "this film", "chosen": " is good", "rejected": " is bad"}
 HH = {"chosen": "\n\nHuman: film?\n\nAssistant: good",
       "rejected": "\n\nHuman: film?\n\nAssistant: bad"}
@@ -485,6 +612,7 @@ def test_groups_come_back_exactly(tmp_path, has_reward):
     rng = np.random.default_rng(0)
     ids = [[rng.integers(0, E, rng.integers(1, 9)).tolist() + [E] * (i % 2) for i in range(4)]
            for _ in range(50)]  # arbitrary bytes: most are no valid text
+    ids[1] = [[*"é".encode()[:1]], [*"é".encode()[1:]], [*b"<|endoftext|>", E], [E]]
     rewards = rng.random((50, 4)) if has_reward else np.tile(np.linspace(1, 0, 4), (50, 1))
     groups = Groups([[E, 1, p] for p in range(50)], ids, rewards.astype(np.float32), has_reward)
     with open(tmp_path / "g.jsonl", "wb") as file:
@@ -560,6 +688,10 @@ def test_main_shows_prompts_completions_rewards_pairs(tmp_path, monkeypatch, cap
     data_imdb.main(["-n", "2"])
     out = capsys.readouterr().out
     assert out.count(f"prompt: {EOT}") == 2 and out.count("r* = ") == 8 and "≻" in out
+    for none in ("0", "-3"):
+        data_imdb.main(["-n", none])
+        out = capsys.readouterr().out
+        assert "train: 1" in out and "prompt:" not in out
 
 
 def test_importing_does_not_need_torch():
@@ -569,10 +701,27 @@ def test_importing_does_not_need_torch():
 
 
 @pytest.fixture(scope="session")
-def real():
+def contents():
+    """The bytes of every review, by folder."""
     if not IMDB or not Path(IMDB).exists():
         pytest.skip("IMDB_PATH is not set, or nothing is there: the real corpus is not tested")
-    return data_imdb.read_imdb(Path(IMDB), Path("unused"), **quiet)
+    return imdb_archive.read_reviews(Path(IMDB), data_imdb.FOLDERS, **quiet)
+
+
+@pytest.fixture(scope="session")
+def real(contents):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imdb_archive, "read_reviews", lambda *_: contents)
+        return data_imdb.read_imdb(Path(IMDB), Path("unused"), **quiet)
+
+
+def test_real_imdb_has_the_reviews_whose_hash_is_pinned(contents):
+    """So that an unpacked folder, whose names begin with the IDs, finds the archive's tokens."""
+    digest = hashlib.sha256()
+    for folder, texts in contents.items():
+        for i, text in sorted(enumerate(texts), key=lambda row: f"{row[0]}_"):
+            digest.update(f"{folder}/{i} {len(text)}\n".encode() + text)
+    assert digest.hexdigest()[:16] == imdb_archive.REVIEWS
 
 
 def test_real_imdb_is_whole(real):

@@ -2,6 +2,7 @@
 its prompt and its uniforms. Files of GPT-2's own: tests/test_hf_gpt2.py."""
 
 import itertools
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ import gpt
 from gpt import GPT, GPTConfig, HeadLogps, length_buckets, pad_rows, sample_inverse_cdf
 from support import hf_gpt2
 from support.runs import UserError, main_exit, save_tensors
+from support.tokenizer_files import tokens_of
 
 SIZE = dict(vocab_size=61, n_ctx=24, n_layer=2, n_head=2, n_embd=16)
 
@@ -317,6 +319,31 @@ def test_never_takes_what_has_no_probability(V):
     assert flat[0] == 0 and flat[3] == V - 1
 
 
+@pytest.mark.parametrize("V", [1, 3, 255, 256, 257, 300])
+@pytest.mark.parametrize("filters", [dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.5)],
+                         ids=str)
+def test_logits_of_a_diverged_model_give_some_token(V, filters):
+    """NaN at every place and at one, and infinity: never an index past the vocabulary, which a GPU
+    reports only as a device-side assertion; rows beside it are not disturbed."""
+    good = torch.randn(V, generator=torch.Generator().manual_seed(0))
+    rows = [torch.full((V,), x) for x in (math.nan, math.inf, -math.inf)]
+    for at, x in itertools.product({0, V // 2, V - 1}, (math.nan, math.inf)):
+        rows.append(good.clone())
+        rows[-1][at] = x
+    for u in (0.0, 0.5, 1 - 2**-24):
+        drawn = sample_inverse_cdf(torch.stack([good, *rows]), torch.full((len(rows) + 1,), u),
+                                   **filters)
+        assert 0 <= drawn.min() and drawn.max() < V
+        assert drawn[0] == sample_inverse_cdf(good[None], torch.tensor([u]), **filters)
+
+
+def test_a_diverged_model_can_be_sampled():
+    model = tiny()
+    with torch.no_grad():
+        model.ln_f.bias[0] = math.nan
+    assert all(0 <= i < 61 for row in model.sample(PROMPTS, 9, -1, 0) for i in row)
+
+
 # ------------------------------------------------------------------------------ sampler
 
 PROMPTS = [[5, 1, 2], [7], [3, 3, 3, 3, 3], [8, 9], [1, 4, 1, 5, 9, 2, 6]]
@@ -450,15 +477,57 @@ def test_load_gives_back_the_checkpoint(tmp_path):
     assert GPT.load(tmp_path / "model.pt", dropout=0.1).config.dropout == 0.1
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: [1], lambda c: {}, lambda c: c | {"config": None},
-    lambda c: c | {"config": c["config"] | {"rope": 1}},
-    lambda c: c | {"config": c["config"] | {"n_embd": 32}},
-    lambda c: c | {"model": {"body": c["model"]["wte.weight"]}}])
-def test_load_refuses_what_is_no_checkpoint_of_ours(tmp_path, change):
+def sizes(**changes):
+    return lambda c: c | {"config": c["config"] | changes}
+
+
+def weight(name, change):
+    return lambda c: c | {"model": c["model"] | {name: change(c["model"][name])}}
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda c: [1], "TypeError"), (lambda c: {}, "KeyError: 'model'"), (lambda c: None, ""),
+    (lambda c: c | {"config": None}, "TypeError"), (sizes(rope=1), "'rope'"),
+    *((sizes(n_layer=x), f"n_layer is {x!r}; wanted a whole number from 1 to 1,000")
+      for x in (10**9, 10**15, 0, -1, 2.0, True, None, "2", torch.tensor(2))),
+    *((sizes(**{name: 10**15}), f"{name} is 1000000000000000; wanted a whole number from 1 to 1")
+      for name in ("vocab_size", "n_ctx", "n_head", "n_embd")),
+    (sizes(n_head=3), "n_embd 16 does not divide by n_head 3"),
+    (sizes(n_embd=32), "wte.weight should have shape (61, 32) and hold floats, got (61, 16)"),
+    (sizes(n_embd=10**6), "wte.weight should have shape (61, 1000000)"),
+    (sizes(n_layer=1000), "it has no h.2.ln_1.weight, which should have shape (16,)"),
+    (sizes(n_layer=1), "12 weights that this model does not have, among them h.1.attn."),
+    (lambda c: c | {"model": {}}, "it has no wte.weight"), (lambda c: c | {"model": [1]}, ""),
+    (lambda c: c | {"model": {"body": c["model"]["wte.weight"]}}, "it has no wte.weight"),
+    (weight("ln_f.bias", lambda w: w[:15]), "ln_f.bias should have shape (16,)"),
+    (weight("ln_f.bias", lambda w: w.long()), "ln_f.bias should have shape (16,) and hold floats"),
+    (weight("ln_f.bias", lambda w: w.tolist()), ""),
+    (weight("ln_f.bias", lambda w: w.to("meta")), ""),
+    (weight("h.1.attn.c_proj.bias", lambda w: w * math.nan), "h.1.attn.c_proj.bias holds NaN"),
+    (weight("wpe.weight", lambda w: w / 0), "wpe.weight holds NaN or infinite numbers")])
+def test_load_refuses_what_is_no_checkpoint_of_ours(tmp_path, change, word):
     save_tensors(tmp_path / "model.pt", change(tiny(dtype=torch.float32).checkpoint()))
-    with pytest.raises(UserError, match="model.pt holds no GPT of this code"):
+    with pytest.raises(UserError) as caught:
         GPT.load(tmp_path / "model.pt")
+    sentence = str(caught.value)
+    assert "model.pt is damaged, or not what was looked for" in sentence and word in sentence
+    assert "where a stage made it, delete that stage's folder" in sentence and "\n" not in sentence
+
+
+def test_other_precisions_become_float32(tmp_path):
+    for dtype in torch.float64, torch.bfloat16:
+        model = tiny(dtype=dtype)
+        save_tensors(tmp_path / "model.pt", model.checkpoint())
+        again = GPT.load(tmp_path / "model.pt")
+        assert torch.equal(again.wte.weight, model.wte.weight.float()), dtype
+
+
+@pytest.mark.parametrize("size, words", [
+    (dict(n_layer=10**9), "n_layer is 1000000000; wanted a whole number from 1 to 1,000"),
+    (dict(n_head=5), "n_embd 768 does not divide by n_head 5")])
+def test_sizes_are_checked_where_they_are_named(size, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**size)
 
 
 @pytest.fixture(scope="session")
@@ -499,3 +568,47 @@ def test_main_samples_from_a_hugging_face_folder(run, capsys):
     (run / "model.pt").unlink()
     code, out, _ = gpt_py(capsys, "--checkpoint", run, "-n", 2, "--max-new-tokens", 3)
     assert code == 0 and out.count("The|") == 2
+
+
+def test_main_exports_what_transformers_opens_and_what_it_reads_itself(run, tmp_path, capsys):
+    folder, text = tmp_path / "new" / "hf", "This movie\n\n was a<|endoftext|> joy 😀"
+    code, out, err = gpt_py(capsys, "--checkpoint", run, "--export", folder)
+    assert (code, err) == (0, "") and str(folder) in out
+    args = ("--prompt", "This movie", "-n", 9, "--max-new-tokens", 9)
+    samples = [gpt_py(capsys, "--checkpoint", place, *args) for place in (run, folder)]
+    assert samples[0] == samples[1] and samples[0][0] == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for place in folder, run:  # a run's folder too
+        code, _, err = gpt_py(capsys, "--checkpoint", run, "--export", place)
+        assert code == 2 and f"{place} is not empty: give a new folder" in err
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    idx = tokenizer(text, return_tensors="pt").input_ids[:, :24]
+    ours, enc = GPT.load(run / "model.pt").eval(), data_imdb.load_encoding(run / "bpe.tiktoken")
+    assert idx.tolist() == [enc.encode(text, allowed_special="all")[:24]]
+    assert largest(ours.double()(idx), theirs.double()(idx).logits) < 1e-11
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id == enc.eot_token
+
+
+def test_the_tokenizer_of_a_folder_is_used_or_the_folder_is_refused(run, encoding, tmp_path,
+                                                                    capsys):
+    """Its ids would mean other texts by GPT-2's."""
+    folder = tmp_path / "hf"
+    gpt_py(capsys, "--checkpoint", run, "--export", folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    args = ("--prompt", "abba", "-n", 1, "--max-new-tokens", 3, "--temperature", 0)
+    code, out, _ = gpt_py(capsys, "--checkpoint", folder, *args)
+    tokens = tokens_of(encoding)
+    a, b = tokens.index(b"a"), tokens.index(b"b")
+    tokens[a], tokens[b] = b"b", b"a"
+    prompt, eos = [encoding.eot_token, b, a, a, b], encoding.eot_token
+    (ids,) = GPT.load(run / "model.pt").sample([prompt], 3, eos, 0, temperature=0)
+    said = b"".join(tokens[i] for i in ids if i != eos).decode(errors="replace")
+    assert (code, out) == (0, f"abba|{said}\n\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    code, _, err = gpt_py(capsys, "--checkpoint", folder, *args)
+    assert code == 2 and "vocab.json is damaged, or not what was looked for" in err

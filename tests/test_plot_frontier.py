@@ -1,7 +1,7 @@
-"""Laws of plot_frontier.py: the hull is what mixing gives, a line that holds no point is named, and
-Figure 2 and the training curves show what was logged, labelled, with nothing cut off.
+"""Laws of plot_frontier.py: the hull is what mixing gives. Figure 2 and the training curves show
+what was logged, labelled, with nothing cut off.
 
-The synthetic worlds here serve test_table.py and test_figures.py too.
+The synthetic worlds here serve test_points.py, test_table.py and test_figures.py too.
 """
 
 import json
@@ -18,8 +18,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 import plot_frontier
-from plot_frontier import (STYLES, caption, envelope, frontier, main, read_points, reliable_optimum,
-                           save_figure, smooth, training_curves)
+from plot_frontier import (STYLES, caption, envelope, frontier, main, reliable_optimum, save_figure,
+                           smooth, training_curves)
 
 # ------------------------------------------------------------------------------ a synthetic world
 
@@ -221,29 +221,6 @@ def test_many_envelopes_at_once_are_those_one_by_one_and_a_nan_is_no_point():
 
 # ------------------------------------------------------------------------------ the points
 
-def test_lines_that_hold_no_point_are_skipped_counted_and_named(tmp_path, capsys):
-    good = world()[:6]
-    foreign = [b"", b"{torn", b"[1, 2]", b"7", b"null", b"\xff\xfe", b"[" * 5000,
-               {k: v for k, v in good[0].items() if k != "length"},
-               good[1] | dict(rewards=[0.5, 0.4], kls=[0.1, 0.2]), good[2] | dict(kls=[0.1]),
-               *(good[0] | {key: value} for key, value in (
-                   ("kl", None), ("preset", "imdb"), ("reward", math.nan), ("rewards", "x"),
-                   ("setting", "beta=?"), ("method", None), ("preset", ["toy"]), ("model", None),
-                   ("seed", None), ("step", "x"), ("ess", "x"), ("seconds", "x"), ("win", [1])))]
-    path = write_points(tmp_path, [*good[:3], *foreign, *good[3:]])
-    assert read_points(path) == read_points(tmp_path) == good, "all others are kept, in order"
-    said = capsys.readouterr().err.splitlines()[0]
-    assert f"{len(foreign)} of {len(foreign) + 6} lines of {path}" in said
-    assert said.endswith(": " + ", ".join(str(4 + i) for i in range(len(foreign))))
-    read_points(write_points(tmp_path, good))
-    assert capsys.readouterr().err == "", "nothing was skipped"
-
-
-def test_a_file_that_also_counts_forwards_stays_readable(tmp_path):
-    older = [p | dict(forwards=7) for p in world()[:3]]
-    assert read_points(write_points(tmp_path, older)) == older
-
-
 def test_an_optimum_of_few_effective_samples_is_not_reliable():
     kls = [p["kl"] for p in reliable_optimum(world()[::-1] + [
         frontier_point("optimum", "1/beta=9", 9.0, 0.9, ess=2.9),
@@ -391,6 +368,14 @@ def test_the_held_out_panel_starts_at_the_reference_and_has_error_bars(curves):
         np.testing.assert_allclose(spans, [2 * p[key + "_se"] for p in points], atol=1e-12)
     held_out = line_of(curves.axes[4], "held-out pairs")
     assert held_out.get_xdata().tolist() == steps[1:], "no accuracy was measured before training"
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    """matplotlib would read $ as a formula, and cannot draw what is no UTF-8."""
+    for name, title in (("$\\frac{$", "__frac__"), ("a\nb\udcff", "a_b_"), ("my 1.5", "my 1.5")):
+        run, reference_json = write_run(tmp_path / name, 2)
+        figure = saved_by(lambda: training_curves(run.rename(run.parent / name), reference_json))
+        assert figure.get_suptitle().startswith(f"toy/{title}: ")
 
 
 def test_smoothing_is_a_running_mean_that_keeps_the_length():

@@ -138,7 +138,13 @@ def test_saved_and_loaded_it_gives_the_same_scores(tmp_path):
 def test_a_file_that_is_no_reward_model_is_named(tmp_path):
     path = tmp_path / "model.pt"
     save_tensors(path, GPT(CONFIG).checkpoint())
-    with pytest.raises(UserError, match="model.pt holds no RewardModel"):
+    with pytest.raises(UserError, match="model.pt is damaged, or not .* it has no body.wte.weight"):
+        RewardModel.load(path)
+    model = random_model()
+    with torch.no_grad():
+        model.score.weight[0, 3] = math.nan
+    save_tensors(path, model.checkpoint())
+    with pytest.raises(UserError, match="score.weight holds NaN"):
         RewardModel.load(path)
 
 
@@ -367,3 +373,23 @@ def test_siebert_is_the_models_probability_of_positive(tmp_path, monkeypatch):
     save_roberta(tmp_path / "other", ("positive", "negative"))
     swapped = SiebertReward(Letters(), str(tmp_path / "other"))(prompts, completions)
     torch.testing.assert_close(swapped, 1 - got, msg="the label is found by its name")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: {}, "25 weights are missing or not finite, as classifier.dense.bias"),
+    (lambda state: {k: w for k, w in state.items() if "classifier" not in k}, "4 weights are mis"),
+    (lambda state: {k: w * math.nan if "out_proj.bias" in k else w for k, w in state.items()},
+     "1 weights are missing or not finite, as classifier.out_proj.bias"),
+    (lambda state: {k: w.new_zeros(3) if "out_proj.bias" in k else w for k, w in state.items()},
+     "mismatched_sizes")])
+def test_a_judge_of_random_weights_is_refused(change, words, tmp_path, capfd):
+    """transformers draws what a folder lacks, and prints a table of it."""
+    save_roberta(tmp_path)
+    from safetensors.torch import load_file, save_file
+    path = tmp_path / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(UserError, match=words) as caught:
+        SiebertReward(Letters(), str(tmp_path))
+    assert "--siebert-path" in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", ""), "a table beside the sentence"

@@ -134,19 +134,23 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path):
     foreign = path.read_bytes(), b"<html>not found</html>", b"PK\3\4 not a zip"
     for content in *(whole[:n] for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)), *foreign:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.pt is truncated or not .*: restore it"):
+        with pytest.raises(UserError, match=r"a\.pt.*; check the path, or restore the file"):
             load_tensors(path)
 
 
 def test_json_and_rows_come_back_and_a_torn_last_row_does_not(tmp_path):
     save_json(tmp_path / "a.json", {"beta": [0.1, None]})
     assert read_json(tmp_path / "a.json") == {"beta": [0.1, None]}
-    (tmp_path / "rows.jsonl").write_bytes(b'{"step": 0}\n{"step": 1}\n{"ste')
-    assert read_rows(tmp_path / "rows.jsonl") == [{"step": 0}, {"step": 1}]
-    (tmp_path / "a.json").write_bytes(b"{")
-    for read, name in (read_json, "a.json"), (read_json, "gone"), (read_rows, "gone"):
-        with pytest.raises(UserError, match=f"cannot read .*{name}: .*delete its folder and run"):
-            read(tmp_path / name)
+    for torn in b'{"ste', b'{"ste\n', b"5\n", b"null\n", b'{"loss": 1}\n', b"[" * 10**6 + b"\n":
+        (tmp_path / "rows.jsonl").write_bytes(b'{"step": 0}\n{"step": 1}\n' + torn)
+        assert read_rows(tmp_path / "rows.jsonl") == [{"step": 0}, {"step": 1}]
+    for damage in b"{", b"\xff", b"[" * 10**6:
+        (tmp_path / "a.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"a\.json is damaged, .*delete that stage's folder"):
+            read_json(tmp_path / "a.json")
+    for read in read_json, read_rows:
+        with pytest.raises(UserError, match="cannot read .*gone: No such file.*check the path"):
+            read(tmp_path / "gone")
 
 
 def test_json_hash_is_of_the_value():
@@ -163,7 +167,7 @@ def test_a_run_from_start_to_finish(tmp_path):
     with run:
         assert read_json(run.path("config.json")) == {
             "settings": {"beta": 0.1, "layers": [2, 3]}, "parents": PARENTS,
-            "about": {"torch": "2"}, "identity": run.identity}
+            "about": {"torch": "2"}, "identity": run.identity, "files": {}}
         assert run.load_checkpoint({}, 1) == 0
         run.log({"step": 0, "loss": 1.5})
         run.checkpoint({"step": 1})
@@ -180,8 +184,43 @@ def test_a_run_from_start_to_finish(tmp_path):
 
 def test_the_last_file_may_be_of_any_format(tmp_path):
     with Run(tmp_path, SETTINGS, PARENTS, final="groups.jsonl") as run:
-        run.finish(lambda file: file.write(b"{}\n"))
+        run.finish(b"{}\n")
     assert run.finished and run.path("groups.jsonl").read_bytes() == b"{}\n"
+
+
+def test_what_a_finished_run_has_made_is_read_by_nobody_once_it_has_changed(tmp_path):
+    with Run(tmp_path, SETTINGS, PARENTS) as run:
+        run.log({"step": 0})
+        save_json(run.path("result.json"), {"kl": 1.5})
+        run.path("samples.txt").write_text("a film")
+        run.finish({"w": torch.ones(2)})
+    assert set(run.files) == {"metrics.jsonl", "result.json", "model.pt"}
+    again = Run(tmp_path, SETTINGS, PARENTS)
+    assert again.finished and again.files == run.files
+    for name in run.files:
+        whole = run.path(name).read_bytes()
+        for content in whole[:-1], whole + b"\n", b"":
+            run.path(name).write_bytes(content)
+            with pytest.raises(UserError, match=f"{name} has changed since the run was finished"):
+                again.finished
+        run.path(name).unlink()
+        if name != "model.pt":
+            with pytest.raises(UserError, match=f"cannot read .*{name}"):
+                again.finished
+        run.path(name).write_bytes(whole)
+    run.path("samples.txt").write_text("a note beside it is nobody's harm")
+    assert Run(tmp_path, SETTINGS, PARENTS).finished
+
+
+def test_a_folder_in_which_nothing_was_made_binds_nobody(tmp_path):
+    with Run(tmp_path, SETTINGS, PARENTS) as run:
+        run.log({"step": 0})  # and it fails before its first checkpoint
+    other = Run(tmp_path, {"beta": 0.5}, {"sft": "bbbb"})
+    assert not other.finished
+    with other:
+        assert other.load_checkpoint({}, 1) == 0 and other.metrics() == []
+        other.finish({})
+    assert other.finished and read_json(tmp_path / "config.json")["settings"] == {"beta": 0.5}
 
 
 @pytest.mark.parametrize("settings, parents, message", [
@@ -210,16 +249,19 @@ def test_another_identity_is_refused_and_never_overwritten(
     assert contents(run.folder) == before
 
 
-@pytest.mark.parametrize("name, content, message", [
-    *(("config.json", content, r"config\.json is damaged: restore it, or delete")
-      for content in (b"", b"{", b"[]", b"{}", b'{"settings": 1, "parents": 2}', b"\xff")),
-    *((name, b"somebody's", f"holds {name} but no config.json")
-      for name in ("model.pt", "resume.pt", "metrics.jsonl"))])
-def test_a_folder_of_unknown_origin_is_not_touched(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize("made", ["model.pt", "resume.pt"])
+@pytest.mark.parametrize("config", [None, b"", b"{", b"[]", b"{}", b"\xff", b"[" * 10**6,
+                                    b'{"settings": 1, "parents": 2}',
+                                    b'{"settings": {}, "parents": {}, "files": 3}'])
+def test_a_folder_of_unknown_origin_is_not_touched(tmp_path, made, config):
+    (tmp_path / made).write_bytes(b"somebody's")
+    if config is not None:
+        (tmp_path / "config.json").write_bytes(config)
+    message = r"config\.json is damaged, .*; restore it, or delete" if config is not None else \
+        f"holds {made} but no config.json"
     with pytest.raises(UserError, match=message), Run(tmp_path, SETTINGS, PARENTS):
         pass
-    assert (tmp_path / name).read_bytes() == content
+    assert (tmp_path / made).read_bytes() == b"somebody's"
 
 
 # ------------------------------------------------------------------------------ lock
@@ -301,7 +343,7 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path):
         run.checkpoint(dict(step=5) | {name: p.state_dict() for name, p in parts(0).items()})
         before = run.path("resume.pt").read_bytes()
         for others in parts(0, width=4), parts(0) | dict(scaler=torch.nn.Linear(1, 1)):
-            with pytest.raises(UserError, match=r"resume\.pt is a checkpoint of another conf") as e:
+            with pytest.raises(UserError, match=r"resume\.pt is damaged, or not what was") as e:
                 run.load_checkpoint(others, 8)
             assert "\n" not in str(e.value)
         assert run.path("resume.pt").read_bytes() == before
@@ -348,6 +390,62 @@ def test_main_exit(capsys):
     assert capsys.readouterr().err == "error: no such stage 'x': use one of sft, dpo\n"
     with pytest.raises(ZeroDivisionError):
         runs.main_exit(lambda: 1 / 0)
+
+
+SCRIPT = """
+import sys
+from support.runs import main_exit
+
+def main():
+    for i in range(int(sys.argv[1])):
+        print("KL(π ‖ π_ref)", i)
+    print("at the end", file=sys.stderr)
+    open("done", "w").close()
+
+sys.exit(main_exit(main))
+"""
+
+
+@pytest.mark.parametrize("shell, out, err", [
+    ("$PY 2 >&-", "", "at the end\n"),
+    ("$PY 2 2>&-", "KL(π ‖ π_ref) 0\nKL(π ‖ π_ref) 1\n", ""),
+    ("$PY 2 >&- 2>&-", "", ""),
+    ("PYTHONIOENCODING=latin-1 $PY 1", "KL(? ? ?_ref) 0\n", "at the end\n"),
+    ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 $PY 1", "KL(? ? ?_ref) 0\n", "at the end\n")])
+def test_a_program_runs_whatever_its_streams_are(tmp_path, shell, out, err):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(shell.replace("$PY", f"{sys.executable} script.py"), shell=True,
+                          cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                          capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+    assert (tmp_path / "done").exists()
+
+
+def test_where_nobody_reads_a_program_stops_silently(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(f"{sys.executable} script.py 100000 | head -1; echo ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", cwd=tmp_path, encoding="utf-8",
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True)
+    assert (done.stdout, done.stderr) == ("KL(π ‖ π_ref) 0\n1\n", "")
+    assert not (tmp_path / "done").exists(), "it was read to the end: the test shows nothing"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_is_one_sentence_even_while_imports_run(tmp_path, late):
+    """late: in main(); else in the imports before it, here one that takes long."""
+    (tmp_path / "slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    body = "import slow" if late else "pass"
+    (tmp_path / "script.py").write_text(
+        "import sys\nfrom support.runs import main_exit\n" + "import slow\n" * (not late) +
+        f"def main():\n    {body}\nsys.exit(main_exit(main))\n")
+    child = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, text=True,
+                             env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert err == "\nstopped: the same command goes on from the last checkpoint\n"
+    assert child.returncode == (130 if late else -signal.SIGINT), "130 in a shell, too"
 
 
 def test_importing_runs_does_not_import_torch():

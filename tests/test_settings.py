@@ -1,13 +1,16 @@
 """Laws of support/settings.py: every setting is a flag in one group, and a setting renames the
 stages that it decides and no other. Bad values are rows of test_mistakes.py."""
 
+import os
 import re
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
+import torch
 from conftest import command
 
 import train
+from gpt import GPT, GPTConfig
 from support.runs import UserError, file_hash
 from support.settings import (GROUPS, OTHER_LOSSES, PRESETS, SETTINGS_OF, TOY, Settings, check,
                               parse, run_name, settings_of, stage_of, user_files)
@@ -35,7 +38,11 @@ def changed(f) -> Settings:
 
 
 @FIELDS
-def test_every_field_is_a_flag(f):
+def test_every_field_is_a_flag(f, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("groups.x", "a.jsonl", "init.x/model.pt", "reference.x/model.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     flag, value = "--" + f.name.replace("_", "-"), other_value(f)
     value = {"vocab": "gpt2", "n_head": TOY.n_embd, "n_embd": 3 * TOY.n_embd}.get(f.name, value)
     given = [flag] if f.type is bool else [flag, str(value)]
@@ -159,27 +166,101 @@ def test_a_run_name_is_a_folder_name():
 
 
 def test_what_a_user_gave_is_a_parent_of_the_stages_that_read_it(tmp_path):
-    for name in ("g.jsonl", "w.py", "m.py", "model.pt"):
+    run = ["run/model.pt", "run/bpe.tiktoken"]
+    hf = ["hf/config.json", "hf/model-1-of-2.safetensors", "hf/model-2-of-2.safetensors",
+          "hf/model.safetensors.index.json", "hf/vocab.json", "hf/merges.txt", "hf/tokenizer.json"]
+    bin = ["bin/config.json", "bin/pytorch_model.bin"]
+    for name in ("g.jsonl", "w.py", "m.py", *run, *hf, *bin, "run/samples.txt", "hf/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    file = {name: str(tmp_path / name) for name in ("g.jsonl", "w.py", "m.py")}
-    cfg = replace(TOY, groups=file["g.jsonl"], weight=file["w.py"] + ":f", dpo_module=file["m.py"],
-                  init="gpt2", reference=str(tmp_path))
-    mine = {"sft": {"gpt2": ""}, "chosen": {"gpt2": "", file["g.jsonl"]: "g.jsonl"},
-            "groups": {file["g.jsonl"]: "g.jsonl", str(tmp_path): "model.pt"},
-            **dict.fromkeys(("dpo", *OTHER_LOSSES), {file["w.py"]: "w.py", file["m.py"]: "m.py"})}
+
+    def hashes(cfg, stage):
+        return {path.removeprefix(f"{tmp_path}/"): hash
+                for path, hash in user_files(cfg, stage).items()}
+
+    def given(**names):
+        return replace(TOY, **{key: f"{tmp_path}/{name}" for key, name in names.items()})
+
+    cfg = given(groups="g.jsonl", weight="w.py:f", dpo_module="m.py", init="hf", reference="run")
+    judged = replace(given(siebert_path="bin"), reward="siebert")
+    wanted = {"sft": hf, "chosen": [*hf, "g.jsonl"], "groups": ["g.jsonl", *run],
+              **dict.fromkeys(("dpo", *OTHER_LOSSES), ["w.py", "m.py"])}
     for stage in SETTINGS_OF:
-        wanted = {path: name and file_hash(tmp_path / name)
-                  for path, name in mine.get(stage, {}).items()}
-        assert user_files(cfg, stage) == wanted, stage
+        files = wanted.get(stage, [])
+        assert hashes(cfg, stage) == {name: file_hash(tmp_path / name) for name in files}, stage
+        assert hashes(judged, stage).keys() == {*bin} if stage == "groups" else \
+            not hashes(judged, stage), "who judges decides the groups"
+        assert hashes(replace(judged, groups=cfg.groups), stage).keys().isdisjoint(bin)
         assert user_files(TOY, stage) == {}, "nothing was given"
+        assert user_files(PRESETS["gpt2-large"], stage) == (
+            {"gpt2-large": ""} if stage in ("sft", "chosen") else {}), "names, not files"
 
 
 # ------------------------------------------------------------------------------ bad values
 
 
-@pytest.mark.parametrize("f", [f for f in fields(Settings) if f.type in (int, float)],
-                         ids=lambda f: f.name)
-def test_every_number_has_a_floor(f):
-    for bad in (f.type(f.metadata["low"] - 1), *([float("nan")] if f.type is float else [])):
+NUMBERS = pytest.mark.parametrize("f", [f for f in fields(Settings) if f.type in (int, float)],
+                                  ids=lambda f: f.name)
+WANTED = {  # what somebody may type on the largest machine there is, and with the smallest model
+    **dict.fromkeys("n_layer n_head".split(), (1, 200)), "n_embd": (1, 16_384),
+    "n_ctx": (10, 65_536), "reward_ctx": (16, 65_536), "max_new_tokens": (1, 32_768),
+    "num_completions": (2, 512), "dropout": (0, 0.9),
+    **dict.fromkeys("optimum_samples best_of".split(), (2, 65_536)),
+    **dict.fromkeys("prompts eval_prompts valid_prompts ppo_rollouts".split(), (10, 10**7)),
+    **dict.fromkeys("reviews sft_batch reward_batch rm_batch dpo_batch".split(), (64, 10**7)),
+    **dict.fromkeys("seed run_seed".split(), (0, 2**32 - 1)), "seeds": (1, 500),
+    **dict.fromkeys("jobs threads".split(), (0, 512)),
+    **dict.fromkeys("beta label_scale".split(), (1e-5, 1e5)),
+    **dict.fromkeys("alpha grad_clip ppo_target ppo_beta sft_decay save_secs".split(), (0, 1e6)),
+    **dict.fromkeys("sft_lr reward_lr rm_lr dpo_lr ppo_lr ppo_value_lr".split(), (0, 1e30))}
+STEPS = (1, 10**9)
+
+
+@NUMBERS
+def test_a_number_that_cannot_be_meant_is_refused_and_no_other(f):
+    flag = "--" + f.name.replace("_", "-")
+    for text in ["0", "-1", str(10**18), str(10**23), *["nan", "inf", "-inf", "1e300", "-1e300",
+                                                         "1e-300", "1e999"] * (f.type is float)]:
+        try:
+            value = getattr(parse(["--preset", "toy", f"{flag}={text}"], False)[3], f.name)
+        except UserError as error:
+            assert f"{flag} is {f.type(text)}; it must be from" in str(error)
+            continue
+        large = f.name.endswith("_lr") and value <= 1e38  # training says itself that it diverges
+        assert value in (0, 1e-300) or large, f"{flag} {text} passes"
+        assert f.name not in ("beta", "label_scale"), "float32 takes it for 0, and divides by it"
+    for value in WANTED.get(f.name, STEPS):
+        check(replace(TOY, **{f.name: f.type(value)}, **{"n_embd": dict(n_head=1), "n_head": dict(
+            n_embd=200)}.get(f.name, {})))
+
+
+@pytest.mark.parametrize("f", [f for f in fields(Settings) if f.type is str
+                               and not f.metadata["choices"]], ids=lambda f: f.name)
+def test_a_name_that_no_file_can_have_is_refused(f):
+    for bad in ("a\0b", "\ud800", *[""] * (f.default != "")):
         with pytest.raises(UserError, match="--" + f.name.replace("_", "-")):
             check(replace(TOY, **{f.name: bad}))
+    assert getattr(parse(["--preset", "gpt2", "--init", ""], False)[3], "init") == "", "the default"
+
+
+def test_a_model_that_no_machine_holds_is_refused_at_once(monkeypatch):
+    """The number of parameters is GPT's own, but for biases and norms; memory is 16 bytes each."""
+    pages, memory = dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=2**23), 2**35
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    with pytest.raises(UserError, match="--n-layer") as caught:
+        parse("--preset toy --n-embd 16384 --n-layer 200".split(), False)
+    said = re.search(r"of ([\d,]+) parameters needs about ([\d,]+) GB.* has ([\d,]+) GB",
+                     str(caught.value))
+    n, needed, has = (int(x.replace(",", "")) for x in said.groups())
+    with torch.device("meta"):
+        model = GPT(GPTConfig(1280, TOY.n_ctx, 200, 4, 16_384))
+    assert n == sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert needed == round(16 * n / 1e9) and has == round(memory / 1e9)
+    for layers, cuda in ((0.9, False), (1.1, False), (3.6, True), (4.4, True)):
+        argv = f"--preset toy --n-embd 4096 --n-layer {layers * memory / 16 / 12 / 4096**2:.0f}"
+        if layers in (0.9, 3.6):  # a GPU's gradients and moments are not the CPU's
+            parse(argv.split(), cuda)
+        else:
+            with pytest.raises(UserError, match="machine"):
+                parse(argv.split(), cuda)
+    parse("--preset toy --n-embd 16384 --n-layer 200 --init gpt2".split(), False)  # its own sizes

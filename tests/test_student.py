@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.runs import UserError
-from support.student import import_file, load_weight, own_functions, use_module
+from support.student import import_file, load_weight, own_code, own_functions
 
 WEIGHTS = {"sigmoid": lambda m, beta: torch.sigmoid(-m), "constant": lambda m, beta: 0 * m + 1}
 CORE = """
@@ -58,9 +58,8 @@ def test_a_weight_of_true_and_false_is_one_of_1_and_0(write):
 ])
 def test_a_weight_with_a_wrong_result_is_named_with_its_file_and_line(write, body, message):
     path = write(f"'''Weights.'''\n\n\ndef mine(margin, beta):\n    return {body}\n")
-    weight = load_weight(f"{path}:mine", WEIGHTS)
     with pytest.raises(UserError, match=message) as error:
-        weight(torch.tensor([-2.0, 0.0, 3.0]), 0.1)
+        load_weight(f"{path}:mine", WEIGHTS)
     assert str(error.value).startswith(f"{path}:4 (mine)"), error.value
 
 
@@ -76,9 +75,10 @@ def test_a_student_s_function_is_what_the_core_s_other_functions_call(core, writ
     before = core.mean_loss([0.0, 0.0], 1.0)
     path = write("def helper():\n    return 7\n\n"
                  "def loss(x, beta):\n    return helper() + beta\n")
-    assert use_module(core, path) == ["loss"], "the helper is the student's own affair"
-    assert before == 1 and core.mean_loss([0.0, 0.0], 1.0) == 8
-    assert not hasattr(core, "helper")
+    with own_code(core, path):
+        assert before == 1 and core.mean_loss([0.0, 0.0], 1.0) == 8
+        assert not hasattr(core, "helper"), "it is the student's own affair"
+    assert core.mean_loss([0.0, 0.0], 1.0) == before, "the core's own again"
 
 
 def test_only_functions_written_in_the_student_s_file_count(core, write):
@@ -93,9 +93,26 @@ def test_only_functions_written_in_the_student_s_file_count(core, write):
     ("loss = 3", "defines no function of core.py"),
     ("def main(): pass", "defines no function of core.py"),
     ("\ndef loss(beta, x): pass", r"mine.py:2: loss must take \(x, beta\), it takes \(beta, x\)"),
-    ("1 / 0", "cannot import .*ZeroDivisionError"),
+    ("\n1 / 0", r"mine.py:2 raised ZeroDivisionError: division by zero; correct it"),
+    ("def loss(:", r"mine.py:1 raised SyntaxError"),
+    ("import no_such_package", r"mine.py:1 raised ModuleNotFoundError"),
+    ("import sys\nsys.exit()", r"mine.py:2 raised SystemExit"),
 ])
 def test_a_file_that_cannot_replace_anything_says_why(core, write, code, message):
-    with pytest.raises(UserError, match=message):
-        use_module(core, write(code))
+    with pytest.raises(UserError, match=message), own_code(core, write(code)):
+        pass
     assert core.loss(0.0, 1.0) == 1, "and nothing is replaced"
+
+
+@pytest.mark.parametrize("code, message", [
+    ("return [][x]", r"mine.py:3 raised TypeError: list indices"),
+    ("return helper()", r"mine.py:6 raised KeyError: 'no such key'"),  # the line, not the call's
+    ("raise SystemExit(0)", r"mine.py:3 raised SystemExit: 0"),
+    ("return None", r"core.py:8 raised TypeError"),  # where the core meets a wrong result
+])
+def test_what_a_student_s_function_raises_is_named_with_its_line(core, write, code, message):
+    path = write(f"\ndef loss(x, beta):\n    {code}\n\n"
+                 "def helper():\n    return {}['no such key']\n")
+    with pytest.raises(UserError, match=message), own_code(core, path):
+        core.mean_loss([0.0, 1.0], 1.0)
+    assert core.loss(0.0, 1.0) == 1, "the core's own again"

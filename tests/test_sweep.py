@@ -23,7 +23,7 @@ from experiments.rates import chosen_rates
 from experiments.sweep import (evaluations, finals, finished, make_runs, methods_of,
                                run_parallel, tried, tried_rates)
 from job import Job
-from plot_frontier import KEYS, read_points
+from support.points import KEYS, read_points
 from support.runs import UserError
 from support.settings import IMDB, TOY, parse
 from train import Diverged
@@ -212,7 +212,7 @@ def test_a_sweep_over_a_parent_that_changed_is_refused(chain, copied):
     model = folder(out, "sft") / "model.pt"
     model.write_bytes(model.read_bytes()[:-100])
     refused(command("--stage", "frontier", *FEW, "--out", out, "--data", chain.data),
-            "sft has changed since", "delete")
+            "model.pt has changed since the run was finished", "delete")
 
 
 # ------------------------------------------------------------------------------ many runs at once

@@ -8,7 +8,8 @@ import pytest
 from test_plot_frontier import GRID, START, P, best_reward, frontier_point, run_of, world
 
 from experiments.table import excesses, table, table_text
-from plot_frontier import envelope, read_points
+from plot_frontier import envelope
+from support.points import read_points
 from support.runs import UserError
 
 

@@ -32,7 +32,8 @@ from gpt import GPT, GPTConfig, pad_rows
 from job import Job
 from reward import ToyReward
 from support import hf_gpt2, toy_reviews
-from support.runs import Run, UserError, file_hash, load_tensors, read_json, read_rows
+from support.runs import (Run, UserError, file_hash, load_tensors, main_exit, read_json,
+                          read_rows)
 from support.settings import OTHER_LOSSES, Settings, settings_of
 from train import lm_loss, preference_batches, score, starts_at_reference
 
@@ -739,6 +740,23 @@ def test_stopped_in_dpo(chain, copied):
     assert command(*argv).code == 0, "finished, and its table cannot be printed"
 
 
+def test_killed_at_random_moments_the_chain_is_that_of_a_run_never_stopped(chain, tmp_path):
+    """A timer's signal, unlike one that Python sends itself, comes in the midst of anything."""
+    rng, codes = np.random.default_rng(0), []
+
+    def work():
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0, 0.1 + 0.1 * len(codes)))
+        return main_exit(lambda: train.main([*TINY, "--save-secs", "0", "--data",
+                                             str(tmp_path / "data"), "--out", str(tmp_path)]))
+
+    while not codes or codes[-1] == -signal.SIGALRM:
+        codes.append(in_child(work)[0])
+        rng.uniform()  # the child's draw
+    assert codes[-1] == 0 and len(codes) > 3, f"it ended with {codes}"
+    for stage in "sft", "groups", "dpo":
+        same(folder(tmp_path, stage), folder(chain.out, stage))
+
+
 DIES = """
 import os, signal
 calls = []
@@ -859,8 +877,9 @@ def test_hh_with_a_reference_of_ones_own(chain, job, tmp_path):
         run = folder(out, "groups")
         logps.append(load_tensors(run / "ref_logps.pt")["ref_logps"])
         parents = read_json(run / "config.json")["parents"]
-        assert parents[str(reference)] == file_hash(reference / file)
-        assert read_rows(run / "groups.jsonl")[0]["prompt"] == "\n\nHuman: 0?\n\nAssistant:"
+        assert parents[str(reference / file)] == file_hash(reference / file)
+        row = json.loads((run / "groups.jsonl").read_text().splitlines()[0])
+        assert row["prompt"] == "\n\nHuman: 0?\n\nAssistant:"
         assert "NaN" not in (folder(out, "dpo") / "result.json").read_text()
     assert torch.allclose(*logps, atol=1e-5)
 

@@ -11,12 +11,13 @@ if [ ! -s .gpu/data.tar.xz ]; then
 from pathlib import Path
 
 import data_imdb
+from support.imdb_archive import REVIEWS
 from support.runs import json_hash
 
 data_imdb.load("imdb", "gpt2", Path(".gpu"), 0, 0, progress=lambda text: None)
-made, = Path(".gpu").glob("imdb-gpt2-*")
-# the name that `load` looks for where IMDB_PATH is not set
-print(made.rename(Path(".gpu") / f"imdb-gpt2-{json_hash(['imdb', 'gpt2', 0, 0, data_imdb.SIZE])}"))
+# the name that `load` looks for where IMDB_PATH is not set: there is none for other reviews
+made, = Path(".gpu").glob(f"imdb-gpt2-{json_hash([0, 0, REVIEWS])}")
+print(made)
 P
 )
   tar -C .gpu -cf - "$(basename "$folder")" | xz -3 -T0 > .gpu/data.tar.xz

@@ -1,0 +1,125 @@
+"""Stanford's Large Movie Review Dataset as people have it: an archive, a folder, or a download.
+
+Nothing is unpacked, and what no review can be is refused unread: links, pipes, gigabytes of zeros.
+"""
+
+import hashlib
+import re
+import stat
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from support.runs import UserError, fetch, file_hash, reading
+
+URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
+# of a .tar.xz of the same reviews
+RECOMPRESSED = "4a35065d8b3384e39f4a880d8dcfd2a12b4077bd62647bcc817273750807a2a2"
+REVIEWS = "ed80e13dabafdb39"  # what reviews_hash says of both, and of their unpacked folder
+REMEDY = f"set IMDB_PATH to a copy of {URL} or to its unpacked folder"
+FOLDERS = {"test/pos": ("test", 1, 12_500), "test/neg": ("test", 0, 12_500),
+           "train/pos": ("train", 1, 12_500), "train/neg": ("train", 0, 12_500),
+           "train/unsup": ("unsup", None, 50_000)}  # split, label, number of reviews
+NAME = re.compile(rf"(?:^|/)({'|'.join(FOLDERS)})/([0-9]{{1,5}})_[0-9]{{1,2}}\.txt$")
+REVIEW, ARCHIVE = 2**20, 2**30  # bytes: no review has more, and no archive when decompressed
+
+
+def reviews_hash(path: Path) -> str:
+    """Names what is at `path`: a folder by its reviews, an archive by its bytes, unless it is known
+    to hold the official reviews."""
+    with reading(path, REMEDY):
+        if path.is_dir():
+            digest = hashlib.sha256()
+            for folder, number, content in reviews(path):
+                digest.update(f"{folder}/{number} {len(content)}\n".encode() + content)
+            return digest.hexdigest()[:16]
+        regular_size(path)
+        digest = file_hash(path)
+        return REVIEWS if digest in (SHA256[:16], RECOMPRESSED[:16]) else digest
+
+
+def read_reviews(path: Path, folders: dict[str, tuple], progress: Callable[[str], object]
+                 ) -> dict[str, list[bytes]]:
+    """Every folder's reviews in the order of their IDs, as many as the last item of `folders` says;
+    train/unsup may be empty."""
+    found: dict[str, dict[int, bytes]] = {folder: {} for folder in folders}
+    for folder, number, content in reviews(path):
+        if number in found[folder]:
+            raise UserError(f"{path} has two reviews named {folder}/{number}_RATING.txt, wanted "
+                            f"one; {REMEDY}")
+        found[folder][number] = content
+    if not found["train/unsup"]:
+        progress(f"{path} has no train/unsup: the language model learns from train alone")
+        folders = {folder: row for folder, row in folders.items() if folder != "train/unsup"}
+    for folder, (*_, wanted) in folders.items():
+        if len(found[folder]) != wanted:
+            raise UserError(f"{path} has {len(found[folder]):,} reviews named {folder}/ID_RATING"
+                            f".txt, wanted {wanted:,}: a wrong or incomplete archive; {REMEDY}")
+    return {folder: [text for _, text in sorted(texts.items())] for folder, texts in found.items()}
+
+
+def reviews(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """(folder, ID, content) of every review; a folder's in the order of their names.
+
+    UserError for what cannot be read or is too large, and where a review is no regular file.
+    """
+    with reading(path, REMEDY):
+        if path.is_dir():
+            root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
+            for folder in filter(Path.is_dir, (root / name for name in FOLDERS)):
+                for file in sorted(folder.iterdir()):
+                    if match := NAME.search(file.as_posix()):
+                        with reading(file, REMEDY):
+                            check_size(file, regular_size(file), REVIEW)
+                            yield match[1], int(match[2]), file.read_bytes()
+            return
+        with tarfile.open(path, "r|*", tarinfo=Header) as archive:
+            for member in archive:
+                check_size(f"{path}, decompressed,", member.offset_data, ARCHIVE)
+                if match := NAME.search(member.name):
+                    name = f"{match[0]} in {path}"
+                    check_file(name, member.isfile())
+                    check_size(name, member.size, REVIEW)
+                    yield match[1], int(match[2]), archive.extractfile(member).read()
+
+
+class Header(tarfile.TarInfo):
+    """A member's header, checked before tarfile reads what it announces."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        check_size(repr(header.name), header.size, ARCHIVE if header.isfile() else REVIEW)
+        return header
+
+
+def check_size(name: object, size: int, most: int) -> None:
+    if not 0 <= size <= most:
+        raise UserError(f"{name} has {size:,} bytes, wanted at most {most:,}; {REMEDY}")
+
+
+def check_file(name: object, regular: bool) -> None:
+    if not regular:
+        raise UserError(f"{name} is a folder, a link, a pipe or a device, wanted a file; {REMEDY}")
+
+
+def regular_size(path: Path) -> int:
+    """In bytes, of a file or of the file that a link leads to. A pipe or a device may never end."""
+    status = path.stat()
+    check_file(path, stat.S_ISREG(status.st_mode))
+    return status.st_size
+
+
+def download(cache: Path, progress: Callable[[str], object] = print) -> Path:
+    """Stanford's archive in `cache`, fetched by the first call; UserError if it is another file."""
+    archive = cache / "aclImdb_v1.tar.gz"
+    again = "delete it, and the same command downloads it again"
+    with reading(archive, again):
+        if archive.exists():
+            if reviews_hash(archive) != REVIEWS:
+                raise UserError(f"{archive} is damaged, its SHA-256 is not {SHA256}: {again}")
+            return archive
+    progress(f"downloading {URL} (84 MB) to {archive}")
+    fetch(URL, archive, REMEDY, SHA256)
+    return archive

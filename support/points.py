@@ -1,0 +1,102 @@
+"""What the figures read: the points of a frontier.jsonl, the steps and evaluations of a dpo run.
+
+Numbers and names are checked as they are read, so that no figure has to. Needs no torch.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from support.runs import UserError, first_ten, read_json, read_rows, reading
+
+KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
+        "kl_mc_se length eos distinct2 repetition grammatical ref_ppl reward_learned win ess "
+        "seconds samples rewards kls").split()  # of every line of frontier.jsonl
+HUGE = 1e39  # more than a float32 holds: no run has logged it
+
+
+def number(x, low: float = -HUGE) -> float:
+    """x. ValueError where it is a text, a boolean, NaN or out of range: low to HUGE."""
+    if type(x) not in (int, float) or not low <= x <= HUGE:
+        raise ValueError(f"{x!r} is no number from {low:g} to {HUGE:g}")
+    return x
+
+
+def numbers(values: dict, keys: Sequence[str]) -> dict:
+    """Some of the values. KeyError or ValueError where one is no number, or a standard error below
+    0. None, where there is no such measure, stays."""
+    return {key: x if (x := values[key]) is None else number(x, 0 if key.endswith("_se") else -HUGE)
+            for key in keys}
+
+
+def setting_value(setting: str) -> float:
+    """0.1 of "beta=0.1"; 0 for a method that has no setting."""
+    return float(setting.partition("=")[2] or 0)
+
+
+def read_points(path: Path) -> list[dict]:
+    """The points of a frontier.jsonl, or of the one in a folder, in the file's order.
+
+    Skips lines without a point, and points whose preset or number of prompts is not that of most;
+    one sentence on stderr names the lines. UserError without a file or any point.
+    """
+    remedy = "run `python train.py --stage frontier`"
+    with reading(path):
+        path = path / "frontier.jsonl" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"there is no file {path}: {remedy}")
+        lines = path.read_bytes().splitlines()
+    points = {i: p for i, line in enumerate(lines, 1) if (p := point_of(line))}
+    if not points:
+        raise UserError(f"{path} holds no point: give another, or {remedy}")
+    kinds = {i: (p["preset"], len(p["rewards"])) for i, p in points.items()}
+    usual, _ = Counter(kinds.values()).most_common(1)[0]
+    kept = {i: p for i, p in points.items() if kinds[i] == usual}
+    if skipped := [i for i in range(1, len(lines) + 1) if i not in kept]:
+        print(f"skipped {len(skipped)} of {len(lines)} lines of {path}, which hold no point of "
+              f"this frontier: {first_ten(skipped)}", file=sys.stderr)
+    return list(kept.values())
+
+
+def point_of(line: bytes) -> dict | None:
+    """The point on a line. None if it is not JSON, lacks a key, or lacks a number or a name."""
+    try:
+        point = json.loads(line)
+        numbers(point, "kl_mc reward_learned win ess seconds samples".split())
+        known = numbers(point, "seed step temperature kl kl_se reward reward_se".split())
+        for x in (*known.values(), *point["rewards"], *point["kls"],
+                  setting_value(point["setting"])):
+            number(x)
+        whole = point.keys() >= set(KEYS) and len(point["rewards"]) == len(point["kls"]) > 1
+        whole &= 0 <= (point["win"] or 0) <= 1
+        for name in (point[key] for key in "preset model method setting".split()):
+            whole &= len(name) < 100 and name.isprintable() and "$" not in name  # begins a formula
+        return point if whole else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def read_curves(folder: Path, reference_json: Path,
+                keys: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """The steps of a dpo run, each with a number for all of `keys`, and its evaluations.
+
+    reference_json: the groups' file, whose point is the evaluation at step 0. UserError where the
+    folder holds no such run, or a file is damaged.
+    """
+    path, measures = folder / "metrics.jsonl", "kl kl_se reward reward_se".split()
+    rows = read_rows(path)
+    steps = [row for row in rows if "eval" not in row]
+    if not steps or "weight_50" not in steps[0]:
+        raise UserError(f"{folder} holds no run of dpo: give the folder of one, or a frontier's")
+    with reading(reference_json):
+        start = numbers(read_json(reference_json)["point"], measures)
+        evals = [start | dict(step=0, accuracy=None)]
+    with reading(path):
+        evals += [numbers(row["eval"] | dict(step=row["step"] + 1), ["step", "accuracy", *measures])
+                  for row in rows if "eval" in row]
+        for row in steps:
+            for key in keys:
+                number(row[key])
+    return steps, evals
