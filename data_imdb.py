@@ -25,6 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import (RESTORE, UserError, file_hash, first_line, json_hash, main_exit,
+                          read_json, reading, save_json, write_whole, writing)
+
 import numpy as np
 import regex
 import tiktoken
@@ -32,10 +36,8 @@ import tiktoken
 from support import imdb_archive, toy_reviews
 from support.imdb_archive import FOLDERS
 from support.preference_files import decode, read_preferences, some_left, token_ids
-from support.runs import (UserError, bytes_hash, file_hash, first_line, json_hash, main_exit,
-                          reading, save_json, write_whole, writing)
+from support.tokenizer_files import EOT, read_tiktoken
 
-EOT = "<|endoftext|>"
 SPLITS = ("train", "unsup", "valid", "test")
 FILES = ("bpe.tiktoken", *(f"{split}.npy" for split in SPLITS))
 
@@ -161,12 +163,7 @@ def save_encoding(file: BinaryIO, enc: tiktoken.Encoding) -> None:
 
 def load_encoding(path: Path) -> tiktoken.Encoding:
     """What save_encoding wrote; UserError where there is none."""
-    with reading(path):
-        lines = Path(path).read_bytes().splitlines()
-        tokens = [base64.b64decode(line.split()[0]) for line in lines]
-        if not {bytes([i]) for i in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
-            raise ValueError("a token is missing, or there twice")
-        return encoding_of(tokens)
+    return encoding_of(read_tiktoken(path))
 
 
 @dataclass
@@ -276,9 +273,10 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
             splits, notes = read_imdb(path, Path(folder), progress, seed)
             splits = {split: rows[: reviews or None] for split, rows in splits.items()}
         _build(splits, notes, str(vocab), base, progress)
-    with reading(base, f"delete {base}, and the same command builds it again"):
-        about = json.loads(_bytes(base / "about.json"))
-        identity = _identity(base, about["notes"], about["labels"])
+    again = f"delete {base}, and the same command builds it again"
+    with reading(base, again):
+        about = read_json(base / "about.json", again)
+        identity = _identity(base, about["notes"], about["labels"], again)
         if about["identity"] != identity:
             raise ValueError("it is not what was written")
         enc = load_encoding(base / "bpe.tiktoken")
@@ -290,14 +288,9 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
     return Data(enc, enc.eot_token, tokens, labels, about["notes"], identity)
 
 
-def _identity(base: Path, notes: dict[str, int], labels: dict[str, list]) -> str:
-    return json_hash([notes, labels, [bytes_hash(_bytes(base / name)) for name in FILES]])
-
-
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path.name} is no file")
-    return path.read_bytes()
+def _identity(base: Path, notes: dict[str, int], labels: dict[str, list],
+              remedy: str = RESTORE) -> str:
+    return json_hash([notes, labels, [file_hash(base / name, remedy) for name in FILES]])
 
 
 def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path, progress: Progress):

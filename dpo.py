@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import UserError, main_exit
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from support.runs import UserError, main_exit
 
 WeightFn = Callable[[Tensor, float], Tensor]  # (margin (N,), beta) -> (N,)
 

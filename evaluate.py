@@ -12,7 +12,7 @@ import torch
 from dpo import completion_mask, kl_divergence, optimal_policy, preference_pairs
 from gpt import GPT, length_buckets, pad_rows
 from plot_frontier import training_curves
-from support.runs import read_json, write_whole
+from support.runs import read_json, read_text, write_whole
 from support.settings import OTHER_LOSSES
 
 BLOCK_BYTES = 2**26  # of float32 log-probs over the vocabulary, made at a time
@@ -233,7 +233,7 @@ def report(job, stage: str) -> None:
         print(f"{name:<20}" + "".join(f"{cell:>17}" for cell in cells))
     print(f"on {after['samples']} held-out prompts, ± one standard error; KL is KL(π ‖ π_ref) per "
           f"completion, one-sample estimate {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}\n")
-    print("\n".join((folder / "samples.txt").read_text().splitlines()[:16]))
+    print("\n".join(read_text(folder / "samples.txt").splitlines()[:16]))
     print(f"\nmore samples: {folder / 'samples.txt'}")
     if stage in ("dpo", *OTHER_LOSSES):
         if not (folder / "curves.png").exists():  # here, since the runs of a sweep need none

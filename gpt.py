@@ -14,14 +14,16 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import UserError, load_tensors, main_exit, reading
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from support import hf_gpt2
-from support.runs import UserError, load_tensors, main_exit, reading
-from support.tokenizer_files import read_tokenizer, tokens_of
+from support.tokenizer_files import MAX_CHARS, read_tokenizer, tokens_of
 
 
 @dataclass(frozen=True)
@@ -359,17 +361,15 @@ def main(argv=None):
         model = GPT.from_pretrained(args.checkpoint)
     else:
         raise UserError(f"{run} holds no finished model: run  python train.py --stage sft")
-    ranks = run / "bpe.tiktoken"
-    enc = data_imdb.load_encoding(ranks) if ranks.exists() else data_imdb.encoding_of(tokens) if (
-        tokens := read_tokenizer(run)) else data_imdb.gpt2_encoding()
+    tokens = read_tokenizer(run)
+    enc = data_imdb.encoding_of(tokens) if tokens else data_imdb.gpt2_encoding()
     if enc.n_vocab != model.config.vocab_size:
         raise UserError(f"{run} has {model.config.vocab_size} tokens, its tokenizer {enc.n_vocab}: "
-                        f"put the one that it was trained with at {ranks}")
+                        f"put the one that it was trained with at {run / 'bpe.tiktoken'}")
     if args.export:
         return hf_gpt2.export(model, tokens_of(enc), Path(args.export))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    longest = model.config.n_ctx * max(map(len, enc.token_byte_values()))  # 10^6 crash tiktoken
-    prompt = [enc.eot_token] + enc.encode_ordinary(args.prompt[:longest])
+    prompt = [enc.eot_token] + enc.encode_ordinary(args.prompt[:MAX_CHARS])
     if len(prompt) >= model.config.n_ctx:
         raise UserError(f"the prompt has {len(prompt)} tokens or more; the model's context is "
                         f"{model.config.n_ctx}: shorten it")

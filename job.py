@@ -91,7 +91,8 @@ class Job:
     def read_given(self, stages: set[str]) -> None:
         """Read what a user gave to these stages, so that its faults are named at once."""
         cfg = self.cfg
-        if cfg.groups:
+        others = cfg.groups and stages & {"chosen", "groups"}
+        if others:
             read_preferences(cfg.groups)  # first without a tokenizer, which may take minutes
         if cfg.init and stages & {"sft", "chosen"}:
             self.pretrained(cfg.init)
@@ -99,7 +100,7 @@ class Job:
             self.load_reference()
         if cfg.reward == "siebert" and not cfg.groups and stages - {"sft"}:
             self.reward
-        if cfg.groups:
+        if others:
             self.split
 
     # -------------------------------------------------------------------------- what runs hold
@@ -115,13 +116,11 @@ class Job:
 
     def pretrained(self, name: str, dropout: float = 0.0) -> GPT:
         """The model in the folder of a run or of Hugging Face, or GPT-2 by its name."""
-        path = Path(name)
-        if (path / "model.pt").exists():
-            model = GPT.load(path / "model.pt", dropout)
-            tokens = tokens_of(data_imdb.load_encoding(path / "bpe.tiktoken"))
-        else:
-            model = GPT.from_pretrained(name, dropout, Path(self.cfg.data))
-            tokens = None if name in GPT2_SIZES else read_tokenizer(path)
+        path = Path(name) / "model.pt"
+        ours = path.exists()
+        model = GPT.load(path, dropout) if ours else \
+            GPT.from_pretrained(name, dropout, Path(self.cfg.data))
+        tokens = read_tokenizer(Path(name)) if ours or name not in GPT2_SIZES else None
         if tokens not in (None, tokens_of(self.data.enc)):
             raise UserError(f"{name} was trained with another tokenizer than this command's: "
                             "give the --preset, --vocab and --seed that it was made with")

@@ -15,12 +15,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import UserError, main_exit, reading, write_whole
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: it draws to files and opens no window
 
 from support.points import read_curves, read_points, setting_value
-from support.runs import UserError, main_exit, reading, write_whole
 
 STYLES = {  # method: label, colour, marker, line; the colours differ in grey print too
     "dpo": ("DPO", "#00205c", "o", "-"),

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ from typing import NamedTuple
 # spin, which was 38 times slower where another program took one of two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from support.runs import (  # before torch: Ctrl-C during the other imports is then one sentence
-    Run, UserError, lock, main_exit, read_json, read_rows, save_json, write_whole)
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import (Run, UserError, lock, main_exit, out_of_memory, read_json, read_rows,
+                          save_json, write_whole)
 
 import numpy as np
 import torch
@@ -71,16 +73,17 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
             run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         last = i + 1 == steps
         due = last or (i + 1) % every == 0
-        if due or time.monotonic() - saved_at >= job.cfg.save_secs:
+        save = last or time.monotonic() - saved_at >= job.cfg.save_secs
+        if due or save:
             state = {k: p.state_dict() for k, p in parts.items()}
             check_finite(run, state, "a weight", i, saved)
-            if evaluation and due:
-                found = evaluation()
-                check_finite(run, without_texts(found), "the evaluation", i, saved)
-                run.log(dict(step=i, eval=without_texts(found)))
-            if last or time.monotonic() - saved_at >= job.cfg.save_secs:
-                run.checkpoint(dict(step=i + 1) | state)
-                saved, saved_at = i + 1, time.monotonic()
+        if evaluation and due:
+            found = evaluation()
+            check_finite(run, logged := without_texts(found), "the evaluation", i, saved)
+            run.log(dict(step=i, eval=logged))
+        if save:
+            run.checkpoint(dict(step=i + 1) | state)
+            saved, saved_at = i + 1, time.monotonic()
     return found or evaluation and evaluation()  # killed after the last step: evaluate again
 
 
@@ -97,9 +100,10 @@ def check_finite(run: Run, state, what: str, step: int, saved: int) -> None:
     if not all_finite(state):
         stage = run.about["stage"]
         last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
-        rate = SETTINGS_OF[stage][-1].replace("groups", "sft") + "-lr"  # chosen is an SFT
-        raise Diverged(f"{stage}: {what} is not finite at step {step}; {last}; try a lower "
-                       f"--{rate}, or --precision fp32")
+        rate = SETTINGS_OF[stage][-1].replace("groups", "sft")  # chosen is an SFT
+        rate = "--ppo-lr or --ppo-value-lr" if rate == "ppo" else f"--{rate}-lr"
+        raise Diverged(f"{stage}: {what} is not finite at step {step}; {last}; try a lower {rate}, "
+                       "or --precision fp32")
 
 
 def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
@@ -374,6 +378,7 @@ def groups(job: Job, run: Run) -> None:
           f"again: {', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
     ref_logps = score(job, reference, *groups.flat(range(len(groups.rewards))))
     point = job.evaluate(reference, reference, held_out)
+    del point["seconds"]  # made again, the file is the same
     save_json(run.path("reference.json"), dict(point=point, optimum=optimum, prompts=held_out,
                                                notes=notes, valid=valid, valid_reward=valid_reward))
     write_whole(run.path("groups.jsonl"), lambda f: data_imdb.write_groups(f, groups, data.enc))
@@ -438,6 +443,8 @@ def preference_loss(cfg: Settings):
             losses, rewards = dpo.dpo_loss(pi_logps, ref_logps, yw, yl, cfg.beta)
         else:
             losses, rewards = dpo.weighted_loss(pi_logps, ref_logps, yw, yl, cfg.beta, weight)
+        if not losses.requires_grad:  # of a student's dpo_loss, say
+            raise UserError("the losses have no gradient: they must be made of pi_logps")
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
         return losses.sum(), dict(
             accuracy=pairwise_accuracy(rewards[yw], rewards[yl]), margin=margin,
@@ -498,7 +505,8 @@ def dpo_stage(job: Job, run: Run) -> None:
     with student.own_code(dpo, cfg.dpo_module):  # π_ref and the groups are made without it
         if cfg.loss == "plackett-luce":
             train = ranked(groups, train)
-        batches, loss_fn = preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)
+        batches, loss_fn = (student.blamed(f, cfg.dpo_module) for f in (
+            preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)))
         point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
                     warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
                     grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
@@ -577,7 +585,8 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
         return job.hashes[folder]
     parents = {parent: build(job, parent, True) for parent in spec.parents(cfg)}
     if spec.compares:
-        with lock(folder, ".runs.lock"):  # two of these would meet in each other's runs
+        there = (folder / spec.final).exists()  # else two commands would make the same runs
+        with nullcontext() if there else lock(job.root, ".runs.lock"):
             parents |= spec.compares(job)
     parents |= {"data": job.data.identity} | user_files(cfg, stage)
     run = Run(folder, settings_of(cfg, SETTINGS_OF[stage]), parents, spec.final, job.about(stage))
@@ -590,8 +599,7 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
             try:
                 spec.make(job, run)
             except (MemoryError, RuntimeError) as error:
-                full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                if not full and "allocate memory" not in str(error):  # torch's words on a CPU
+                if not out_of_memory(error):
                     raise
                 raise UserError(f"{stage} does not fit the memory: give a smaller model or "
                                 "--max-new-tokens, to sft and dpo a higher --sft-accum and "
@@ -599,7 +607,7 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s", flush=True)
         if is_parent and spec.report:
             spec.report(job)
-    job.hashes[folder] = run.files[spec.final]
+    job.hashes[folder] = run.hash
     return job.hashes[folder]
 
 

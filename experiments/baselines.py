@@ -33,8 +33,6 @@ def rm(job: Job, run: Run) -> None:
     reference = job.load_reference()
     model = RewardModel.from_gpt(reference, reference.config.n_ctx).to(job.device)
     steps = max(1, len(train) // cfg.rm_batch)  # per epoch
-    if not run.path("resume.pt").exists():  # of an attempt that begins again
-        best.unlink(missing_ok=True)
 
     def evaluation(model) -> dict:
         scores, r = score_groups(job, model, held), torch.from_numpy(groups.rewards[held])

@@ -9,6 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import main_exit, write_whole
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -17,7 +20,6 @@ from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_optimum, p
                            reference, reliable_optimum, save_figure, seed_means, series,
                            weight_panel)
 from support.points import read_points, setting_value
-from support.runs import main_exit, write_whole
 
 
 def draw_all(path: Path) -> list[Path]:

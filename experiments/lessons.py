@@ -16,7 +16,7 @@ from experiments import figures
 from gpt import pad_rows
 from job import Job
 from support import student
-from support.runs import Run, read_json, read_rows, write_whole
+from support.runs import Run, read_json, read_rows, read_text, write_whole
 from support.settings import Settings
 from train import HELD_OUT, STAGES, Stage, build, parents_of_groups, score, sequence_logps
 
@@ -80,7 +80,7 @@ def inspection_text(job: Job, rows, yw_idxs, yl_idxs, prompts, completions, n: i
 def report_inspect(job: Job) -> None:
     folder = job.folder("inspect")
     table = read_json(folder / "inspect.json")
-    print("\n" + (folder / "inspect.txt").read_text())
+    print("\n" + read_text(folder / "inspect.txt"))
     print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
           f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
           f"correlation within a prompt {table['rank_correlation']:.3f}, linear "
@@ -124,7 +124,7 @@ def degenerate(job: Job, run: Run) -> None:
         points += [dict(step=row["step"] + 1, **row["eval"])
                    for row in read_rows(folder / "metrics.jsonl") if "eval" in row]
         rows += [dict(weight=cfg.weight, **{key: p[key] for key in SHOWN}) for p in points]
-        samples.append((folder / "samples.txt").read_text().split("\n\n"))
+        samples.append(read_text(folder / "samples.txt").split("\n\n"))
     lines = []
     for sigmoid, constant in zip(*samples):
         constant = constant.splitlines()[-1:]
@@ -146,7 +146,7 @@ def report_degenerate(job: Job) -> None:
     kl, perplexity = (last[1][key] / last[0][key] for key in ("kl", "ref_ppl"))
     print(f"\nat the end, w = 1 over DPO: KL {kl:.1f} times, perplexity under π_ref "
           f"{perplexity:.1f} times\n")
-    print("\n".join((folder / "degenerate.txt").read_text().splitlines()[:15]))
+    print("\n".join(read_text(folder / "degenerate.txt").splitlines()[:15]))
     print(f"\nmore samples: {folder / 'degenerate.txt'}\npicture:      {folder / 'degenerate.png'}")
 
 

@@ -18,12 +18,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# before the slow imports: Ctrl-C meanwhile is then one sentence
+from support.runs import main_exit, write_whole, writing
+
 import torch
 from torch import Tensor
 
 import dpo
 from dpo import BETAS, Row, World, max_gap
-from support.runs import main_exit, writing, write_whole
 
 # ------------------------------------------------------------------------------ Section 5
 

@@ -5,6 +5,7 @@ own are downloaded by name.
 """
 
 import functools
+import http.client
 import json
 import math
 import mmap
@@ -43,8 +44,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 def check_sizes(sizes: dict) -> None:
     """ValueError for sizes of a GPT that are no whole numbers, out of bounds, or do not divide."""
-    for name, most in dict(vocab_size=10**6, n_ctx=10**6, n_layer=1000, n_head=10**6,
-                           n_embd=10**6).items():
+    for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
+        most = 1000 if name == "n_layer" else 10**6
         if type(sizes[name]) is not int or not 0 < sizes[name] <= most:
             raise ValueError(f"{name} is {first_line(repr(sizes[name]))}; wanted a whole number "
                              f"from 1 to {most:,}")
@@ -63,8 +64,8 @@ def read(name: str, cache: Path, make: Callable[[dict], torch.nn.Module]) -> tor
     """make(sizes), filled with the weights of the folder `name`, or of a GPT-2 of that name, which
     the first call downloads to `cache`. UserError for another model.
 
-    A vocabulary may exceed what the tokenizer needs: it was padded, or tokens were added. The rows
-    of no token are left out, so that no sample is one; the other logits stay the same.
+    A vocabulary may be larger than the tokenizer's: it was padded, or tokens were added. Those rows
+    of the embedding are cut off, so that they are never sampled; the other logits stay the same.
     """
     if name in GPT2_SIZES:
         folder, remedy = cache / name, "delete it, and it is fetched again"
@@ -205,7 +206,7 @@ def linked_sha256(url: str) -> str | None:
 
     try:
         urllib.request.build_opener(Stay).open(urllib.request.Request(url, method="HEAD"), None, 60)
-    except OSError as answer:  # the redirect, which is not followed, or no network
+    except (OSError, http.client.HTTPException) as answer:  # the redirect, or no network
         tag = (getattr(answer, "headers", None) or {}).get("X-Linked-Etag", "").strip('"')
         return tag if len(tag) == 64 else None
     return None
@@ -233,10 +234,8 @@ def export(model: torch.nn.Module, tokens: list[bytes], folder: Path) -> None:
     with reading(folder, "give another folder"):
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: give a new folder")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokens, folder, model.config.n_ctx)
     save(model, folder)
+    save_tokenizer(tokens, folder, model.config.n_ctx)
     print(f"{folder}: for AutoModelForCausalLM and AutoTokenizer of transformers")
 
 

@@ -1,6 +1,7 @@
 """Stanford's Large Movie Review Dataset as people have it: an archive, a folder, or a download.
 
-Nothing is unpacked, and what no review can be is refused unread: links, pipes, gigabytes of zeros.
+Nothing is unpacked. Pipes, links inside an archive and files too large for a review are refused
+before they are read.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from support.runs import UserError, fetch, file_hash, reading
+from support.tokenizer_files import MAX_CHARS
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
@@ -22,7 +24,7 @@ FOLDERS = {"test/pos": ("test", 1, 12_500), "test/neg": ("test", 0, 12_500),
            "train/pos": ("train", 1, 12_500), "train/neg": ("train", 0, 12_500),
            "train/unsup": ("unsup", None, 50_000)}  # split, label, number of reviews
 NAME = re.compile(rf"(?:^|/)({'|'.join(FOLDERS)})/([0-9]{{1,5}})_[0-9]{{1,2}}\.txt$")
-REVIEW, ARCHIVE = 2**20, 2**30  # bytes: no review has more, and no archive when decompressed
+REVIEW, ARCHIVE = MAX_CHARS, 2**30  # bytes: no review has more, and no archive when decompressed
 
 
 def reviews_hash(path: Path) -> str:
@@ -34,8 +36,7 @@ def reviews_hash(path: Path) -> str:
             for folder, number, content in reviews(path):
                 digest.update(f"{folder}/{number} {len(content)}\n".encode() + content)
             return digest.hexdigest()[:16]
-        regular_size(path)
-        digest = file_hash(path)
+        digest = file_hash(path, REMEDY)
         return REVIEWS if digest in (SHA256[:16], RECOMPRESSED[:16]) else digest
 
 
@@ -49,13 +50,12 @@ def read_reviews(path: Path, folders: dict[str, tuple], progress: Callable[[str]
             raise UserError(f"{path} has two reviews named {folder}/{number}_RATING.txt, wanted "
                             f"one; {REMEDY}")
         found[folder][number] = content
+    for folder, (*_, wanted) in folders.items():
+        if len(found[folder]) != wanted and (found[folder] or folder != "train/unsup"):
+            raise UserError(f"{path} has {len(found[folder]):,} reviews named {folder}/ID_RATING"
+                            f".txt, wanted {wanted:,}: a wrong or incomplete copy; {REMEDY}")
     if not found["train/unsup"]:
         progress(f"{path} has no train/unsup: the language model learns from train alone")
-        folders = {folder: row for folder, row in folders.items() if folder != "train/unsup"}
-    for folder, (*_, wanted) in folders.items():
-        if len(found[folder]) != wanted:
-            raise UserError(f"{path} has {len(found[folder]):,} reviews named {folder}/ID_RATING"
-                            f".txt, wanted {wanted:,}: a wrong or incomplete archive; {REMEDY}")
     return {folder: [text for _, text in sorted(texts.items())] for folder, texts in found.items()}
 
 
@@ -66,7 +66,7 @@ def reviews(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """
     with reading(path, REMEDY):
         if path.is_dir():
-            root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
+            root = min((p.parents[1] for p in path.glob("**/test/pos")), default=path)
             for folder in filter(Path.is_dir, (root / name for name in FOLDERS)):
                 for file in sorted(folder.iterdir()):
                     if match := NAME.search(file.as_posix()):

@@ -28,10 +28,10 @@ import numpy as np
 import tiktoken
 
 from support.runs import UserError, first_ten, reading
+from support.tokenizer_files import EOT, MAX_CHARS
 
-EOT, MARK = "<|endoftext|>", "\n\nAssistant:"
+MARK = "\n\nAssistant:"
 NAMES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # by role
-MAX_CHARS = 500_000  # far past every context; tiktoken panics at 999,999 blanks in a row
 OTHER_FORMS = {"stepwise supervision": {"completions", "labels"},
                "KTO's single completions with labels": {"completion", "label"},
                "a single completion": {"completion"},
@@ -60,9 +60,8 @@ def read_preferences(path: Path | str) -> tuple[list[Row], Counter[str]]:
     """The rows to learn from, all of one K, and how many were left out by reason.
 
     UserError for malformed rows, all in one sentence, and where no row is left. It needs no
-    tokenizer, so that a command can begin with it.
+    tokenizer, so a command can check the file first.
     """
-    want(not Path(path).is_fifo(), f"{path} is a pipe, and is read more than once: give a file")
     with reading(path):
         content = Path(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -172,13 +171,17 @@ def from_conversations(prompt: Any, sides: list[list]) -> tuple[str, list[str]]:
         prompt = [{"role": "user", "content": prompt}]
     want(prompt is None or isinstance(prompt, list), "a prompt that is no text, no chat", prompt)
     before, *sides = ([render(m) for m in side] for side in (prompt or [], *sides))
+    explicit = bool(before) and before[-1] not in os.path.commonprefix(sides)
+    if explicit:  # else chosen and rejected have the prompt too
+        answers = all("".join(side[:1]).startswith(MARK) for side in sides)
+        if before[-1].startswith("\n\nHuman:") and not answers:
+            raise Unusual("a prompt that chosen and rejected do not have")
+        sides = [before + side for side in sides]
     ends = [i for i in range(len(os.path.commonprefix(sides)) + 1)
             if all("".join(side[i : i + 1]).startswith(MARK) for side in sides)]
     if not ends:
         raise Unusual("no shared prompt")
-    end = ends[-1]
-    if before and ends[0] == 0:  # else chosen and rejected have the prompt too
-        sides, end = [before + side for side in sides], len(before)
+    end = len(before) if explicit and len(before) in ends else ends[-1]
     return "".join(sides[0][:end]) + MARK, ["".join(side[end:])[len(MARK):] for side in sides]
 
 

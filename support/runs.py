@@ -25,7 +25,7 @@ class UserError(Exception):
     """What the user can put right, in one sentence: what was got, what was wanted, what to run."""
 
 
-STOPPED = "\nstopped: the same command goes on from the last checkpoint"
+STOPPED = "\nstopped: run the same command again to go on"
 
 
 def main_exit(main: Callable[[], int | None]) -> int:
@@ -69,15 +69,18 @@ def reading(path: Path | str, remedy: str = RESTORE) -> Iterator[None]:
     """For a block that does nothing but read and understand a file: what goes wrong is the file's
     fault, and becomes a UserError that ends with the remedy."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path} is a pipe or a device, which may never end; {remedy}")
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
     except Exception as error:  # what a damaged file raises can have any type
+        if out_of_memory(error):
+            raise
         reason = ": ".join(filter(None, (type(error).__name__, first_line(error))))
-        raise UserError(f"{path} is damaged, or not what was looked for ({reason}); {remedy}"
-                        ) from error
+        raise UserError(f"{path} is damaged or of another kind ({reason}); {remedy}") from error
 
 
 @contextmanager
@@ -88,6 +91,12 @@ def writing(path: Path | str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or "
                         "choose another folder, then run the same command again") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Also torch's errors: a class on a GPU, and words in a RuntimeError on a CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
+        or "can't allocate memory" in str(error)
 
 
 def first_line(error: object, width: int = 200) -> str:
@@ -106,10 +115,16 @@ def save_json(path: Path, obj: Any, indent: int | None = None) -> None:
     write_whole(path, lambda file: file.write(json.dumps(obj, indent=indent).encode()))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = RESTORE) -> Any:
     """What save_json wrote. UserError where that is gone or damaged."""
-    with reading(path):
+    with reading(path, remedy):
         return json.loads(path.read_bytes())
+
+
+def read_text(path: Path) -> str:
+    """A text file's content, whatever the terminal's encoding is. UserError where it is gone."""
+    with reading(path):
+        return path.read_bytes().decode(errors="replace")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -141,7 +156,7 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
         clear_temporaries(path.parent)
         try:
             with open(temporary, "xb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # its writer lives
+                fcntl.flock(file, fcntl.LOCK_EX)  # locked while it is written
                 if not temporary.exists():  # another process cleared it before it was locked
                     return write_whole(path, write)
                 write(file)
@@ -155,7 +170,7 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
 
 def clear_temporaries(folder: Path) -> None:
     """Removes the temporary files of a write_whole that was killed."""
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):  # write_whole's names alone
         with suppress(OSError), open(leftover) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: being written
             leftover.unlink()
@@ -186,9 +201,9 @@ def fetch(url: str, path: Path, remedy: str, sha256: str | None = None) -> None:
                         f"{remedy}") from error
 
 
-def file_hash(path: Path | str) -> str:
+def file_hash(path: Path | str, remedy: str = RESTORE) -> str:
     """16 hex digits of the SHA-256 of a file's bytes."""
-    with reading(path), open(path, "rb") as file:
+    with reading(path, remedy), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -282,6 +297,13 @@ class Run:
                                 f" it, or delete {self.folder} and run the same command again")
         return True
 
+    @property
+    def hash(self) -> str:
+        """Of all that later stages read of a finished run. Two files hold times: they are left out,
+        so that a run made again is the same parent."""
+        timed = ("metrics.jsonl", "result.json")
+        return json_hash({name: x for name, x in self.files.items() if name not in timed})
+
     def _mine(self) -> bool:
         """Whether the folder holds something of this identity; False where nothing was made."""
         made = [name for name in (self.final, "resume.pt") if self._has(name)]
@@ -310,8 +332,8 @@ class Run:
             stack.enter_context(lock(self.folder, ".lock"))
             if not self._mine():
                 with writing(self.folder):
-                    clear_temporaries(self.folder)
-                    self.path("metrics.jsonl").unlink(missing_ok=True)
+                    for name in ("metrics.jsonl", "best.pt"):
+                        self.path(name).unlink(missing_ok=True)
                 self._save_config()
             self._lock = stack.pop_all()
         return self

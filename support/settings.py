@@ -99,7 +99,7 @@ class Settings:
                              low=1e-6, high=10**6)
     alpha: float = opt("dpo", 0.5, "α, the weight of log π(y_l) in --stage unlikelihood (C.3)")
     dpo_batch: int = opt("dpo", 11, "groups per step, of 6 pairs each: near the paper's 64", low=1,
-                         high=10**7)
+                         high=10**5)
     dpo_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
     dpo_schedule: str = opt("dpo", "linear", "after the warm-up", ("constant", "linear", "cosine"))
@@ -198,7 +198,7 @@ def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
 
 
 def user_files(cfg: Settings, stage: str) -> dict[str, str]:
-    """The hashes of all files that a user gave to a stage: a changed one makes another parent."""
+    """The hashes of all files that a user gave to a stage. They are part of the run's identity."""
     judge = [cfg.siebert_path] if cfg.reward == "siebert" and not cfg.groups else []
     given = {"sft": [cfg.init], "chosen": [cfg.groups, cfg.init],
              "groups": [cfg.groups, cfg.reference, *judge],
@@ -206,7 +206,7 @@ def user_files(cfg: Settings, stage: str) -> dict[str, str]:
                              [cfg.dpo_module, cfg.weight.rpartition(":")[0]])}
     hashes = {}
     for name in filter(None, given.get(stage, [])):
-        if name in GPT2_SIZES:
+        if name in GPT2_SIZES and not (Path(name) / "model.pt").exists():
             hashes[name] = ""  # its weights do not change
         elif Path(name).is_dir():
             hashes |= {str(path): file_hash(path) for path in checkpoint_files(Path(name))}
@@ -215,13 +215,16 @@ def user_files(cfg: Settings, stage: str) -> dict[str, str]:
     return hashes
 
 
+CHECKPOINT = re.compile(r"(config|tokenizer|vocab|merges|special_tokens|model|pytorch_model)"
+                        r".*\.(json|txt|safetensors|bin)$")
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files that loading a run's or a Hugging Face folder reads: weights, sizes, tokenizer."""
     if (folder / "model.pt").exists():
         return [folder / "model.pt", folder / "bpe.tiktoken"]
     with reading(folder):
-        return [path for path in sorted(folder.iterdir())
-                if path.suffix in (".json", ".txt", ".safetensors", ".bin")]
+        return [path for path in sorted(folder.iterdir()) if CHECKPOINT.match(path.name)]
 
 
 # ------------------------------------------------------------------------------ command line

@@ -4,6 +4,7 @@ The core's module and its table of weights are arguments. Whatever that code rai
 with file and line, before any training where that is possible.
 """
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -16,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from support.runs import UserError, first_line
+from support.runs import UserError, first_line, out_of_memory
 
 
 @contextmanager
@@ -25,9 +26,11 @@ def blame(path: str) -> Iterator[None]:
     the line of that file, or of ours where the code broke it."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except (Exception, SystemExit) as error:
+        if out_of_memory(error):
+            raise
         frames = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)]
         frames.append((getattr(error, "filename", None), getattr(error, "lineno", None)))  # syntax
         mine = [(path, line) for name, line in frames if name == os.path.abspath(path)]
@@ -107,16 +110,25 @@ def own_functions(module: ModuleType, path: str) -> dict[str, Callable]:
     return shared
 
 
+def blamed(function: Callable, path: str) -> Callable:
+    """The function, what it raises being the fault of a student's file, if a path is given. Of ours
+    those that meet what the student's return."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with blame(path):
+            return function(*args, **kwargs)
+
+    return call if path else function
+
+
 @contextmanager
 def own_code(module: ModuleType, path: str) -> Iterator[None]:
     """In the block the functions of a student's file, if a path is given, replace the module's."""
-    if not path:
-        yield
-        return
-    theirs, ours = own_functions(module, path), dict(vars(module))
-    vars(module).update(theirs)
+    ours = dict(vars(module))
+    if path:
+        vars(module).update((name, blamed(function, path))
+                            for name, function in own_functions(module, path).items())
     try:
-        with blame(path):
-            yield
+        yield
     finally:
         vars(module).update(ours)

@@ -4,12 +4,14 @@ A tokenizer is here the list of its tokens, as bytes: a token's index is its id 
 the next id is that of <|endoftext|>. GPT-2's is one, and so is each that data_imdb.py trains.
 """
 
+import base64
 import json
 from pathlib import Path
 
-from support.runs import reading, save_json, write_whole
+from support.runs import RESTORE, reading, save_json, write_whole
 
 EOT = "<|endoftext|>"
+MAX_CHARS = 500_000  # of a text to encode: tiktoken panics at 999,999 blanks in a row
 KIND = "give a model whose tokenizer is of GPT-2's kind: byte-level BPE, its merges in the order " \
        "of their ids, and <|endoftext|> after them"
 # The files hold text: each byte is a character, itself where that is printable and no space.
@@ -29,6 +31,8 @@ def read_tokenizer(folder: Path) -> list[bytes] | None:
 
     Tokens that were added after <|endoftext|> are left out: this code makes none of them of a text.
     """
+    if (folder / "bpe.tiktoken").exists():
+        return read_tiktoken(folder / "bpe.tiktoken")
     whole, path, merged = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
         with reading(whole, KIND):
@@ -50,6 +54,15 @@ def read_tokenizer(folder: Path) -> list[bytes] | None:
             lines = merged.read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines[lines[0].startswith("#version") :] if line]
         return checked(vocab, merges, options.get("add_prefix_space", False))
+
+
+def read_tiktoken(path: Path, remedy: str = RESTORE) -> list[bytes]:
+    """The tokens of the file that a run keeps: in each line one in base64, and its rank."""
+    with reading(path, remedy):
+        tokens = [base64.b64decode(line.split()[0]) for line in path.read_bytes().splitlines()]
+        if not {bytes([i]) for i in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
+            raise ValueError("a token is missing, or there twice")
+    return tokens
 
 
 def checked(vocab: dict[str, int], merges: list, prefix_space: bool) -> list[bytes]:

@@ -96,7 +96,7 @@ def in_child(work) -> tuple[int, str]:
 
 
 KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
-SENTENCE = "stopped: the same command goes on from the last checkpoint"
+SENTENCE = "stopped: run the same command again to go on"
 CLOCK = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
 
 

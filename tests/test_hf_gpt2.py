@@ -349,7 +349,7 @@ def filled(name, value):
     return pickled(lambda state: state | {name: torch.full_like(state[name], value)})
 
 
-FILE = "model.safetensors is damaged, or not what was looked for"
+FILE = "model.safetensors is damaged or of another kind"
 CONFIG, BIN = FILE.replace("model.safetensors", "config.json"), FILE.replace(
     "model.safetensors", "pytorch_model.bin")
 

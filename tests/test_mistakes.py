@@ -37,10 +37,8 @@ import plot_frontier
 from data_imdb import EOT
 from experiments import figures
 from gpt import GPT, GPTConfig
-from job import Job
 from support import hf_gpt2
 from support.runs import lock, main_exit
-from support.settings import parse
 
 PROGRAMS = {"gpt.py": gpt.main, "plot_frontier.py": plot_frontier.main,
             "experiments.figures": figures.main}
@@ -49,17 +47,17 @@ BEGUN = {".lock", "config.json", "metrics.jsonl", "best.pt"}  # of a run without
 
 
 class Mistake(NamedTuple):
-    command: str  # after `python train.py` and TINY's settings, or a whole one of PROGRAMS
+    command: str | list[str]  # after `python train.py` and TINY's settings, or one of PROGRAMS
     words: tuple[str, ...]
     given: tuple[Callable, ...]  # steps before it, each called with the Place
     leaves: set[str]  # names of files that may be new
 
 
-def at_once(command: str, *words: str, given=()) -> Mistake:
+def at_once(command: str | list[str], *words: str, given=()) -> Mistake:
     return Mistake(command, words, given if isinstance(given, tuple) else (given,), set())
 
 
-def at_work(command: str, *words: str, given=()) -> Mistake:
+def at_work(command: str | list[str], *words: str, given=()) -> Mistake:
     return at_once(command, *words, given=given)._replace(leaves=BEGUN)
 
 
@@ -83,8 +81,9 @@ class Place:
         stage, _, rest = name.partition("/")
         return self.stages[stage] / rest if stage in self.stages else Path(name)
 
-    def run(self, text: str) -> SimpleNamespace:
-        argv = shlex.split(re.sub(r"{(\w+)}", lambda match: str(self(match[1])), text))
+    def run(self, words: str | list[str]) -> SimpleNamespace:
+        argv = [re.sub(r"{(\w+)}", lambda match: str(self(match[1])), word)
+                for word in (shlex.split(words) if isinstance(words, str) else words)]
         if not argv or argv[0] not in PROGRAMS:
             return command(*TINY, "--out", "out", "--data", "data", *argv)
         out, err = io.StringIO(), io.StringIO()
@@ -169,12 +168,8 @@ def locked(name: str):
     return step
 
 
-def sweeping(stage: str):
-    def step(here):
-        argv = [*TINY, "--out", "out", "--data", "data", "--stage", stage]
-        _, preset, _, cfg = parse(argv, False)
-        here.after.enter_context(lock(Job(preset, cfg, argv).folder(stage), ".runs.lock"))
-    return step
+def sweeping(here):
+    here.after.enter_context(lock(Path("out/toy"), ".runs.lock"))
 
 
 def forbid(name: str, mode: int):
@@ -302,7 +297,7 @@ MISTAKES = {
        for flag, words in {
            **dict.fromkeys(("out", "data", "groups", "init"), "File name too long; check the"),
            "weight": "unknown weight", "dpo-module": "cannot import"}.items()},
-    "a pipe of preferences": at_once("--groups pipe", "pipe is a pipe", "give a file",
+    "a pipe of preferences": at_once("--groups pipe", "pipe is a pipe", "never end",
                                      given=lambda here: os.mkfifo("pipe")),
     "a file for --reference": at_once("--groups my.jsonl --reference my.jsonl",
                                       "cannot read my.jsonl/config.json", "a finished run",
@@ -564,7 +559,7 @@ MISTAKES = {
         MODULE, "with the code of mine.py", "train.py", "raised TypeError", given=mine(
             f"def dpo_loss({DPO_LOSS}): pass")),
     "a module whose loss has no gradient": at_work(
-        MODULE, "with the code of mine.py", "raised RuntimeError", "require grad", given=mine(
+        MODULE, "the losses have no gradient", "pi_logps", given=mine(
             f"import math\ndef dpo_loss({DPO_LOSS}):\n"
             "    zero = 0 * pi_logps.detach()\n    return zero[yw_idxs] + math.log(2), zero")),
     "a module that forgets π_ref": at_work(
@@ -578,7 +573,7 @@ MISTAKES = {
                                       given=variable("IMDB_PATH", "nowhere")),
     "an IMDB_PATH that is too long": at_once(IMDB, "File name too long", "set IMDB_PATH",
                                              given=variable("IMDB_PATH", "x" * 300)),
-    "a pipe at IMDB_PATH": at_once(IMDB, "few.tar.gz is a folder, a link, a pipe or a device",
+    "a pipe at IMDB_PATH": at_once(IMDB, "few.tar.gz is a pipe or a device",
                                    given=(lambda here: os.mkfifo("few.tar.gz"), ARCHIVE)),
     "a folder without reviews": at_once(IMDB, "data has 0 reviews named test/pos", "set IMDB_PATH",
                                         given=variable("IMDB_PATH", "data")),
@@ -590,7 +585,7 @@ MISTAKES = {
             write("aclImdb/test/pos/0_9.txt", "good"), variable("IMDB_PATH", "aclImdb"),
             forbid("aclImdb/test/pos", 0))),
     **{f"{kind} for an archive": at_once(
-        IMDB, "few.tar.gz is damaged, or not what was looked for", "set IMDB_PATH",
+        IMDB, "few.tar.gz is damaged or of another kind", "set IMDB_PATH",
         given=(write("few.tar.gz", content), ARCHIVE))
        for kind, content in {
            "a poem": "a poem\n", "a web page": "<!DOCTYPE html><title>Not found</title>",
@@ -643,7 +638,7 @@ MISTAKES = {
            "a label of another": ("about.json", lambda old: old.replace(b"null", b"1", 1)),
            "a label too few": ("about.json", lambda old: old.replace(b"null, ", b"", 1))}.items()},
     **{f"a corpus's tokens: {kind} as {name}": at_once(
-        "--stage sft", f"{name} is no file", *BUILT, given=(cached(name, make)))
+        "--stage sft", f"/{name}", *BUILT, given=(cached(name, make)))
        for name in ("train.npy", "about.json")
        for kind, make in {"a folder": Path.mkdir, "a pipe": os.mkfifo}.items()},
     "a corpus's tokens: another split's": at_once(
@@ -670,6 +665,13 @@ MISTAKES = {
         "", "sft has changed since", "delete", "restore sft", given=(
             change("sft/config.json", lambda old: old.replace(b'"files"', b'"former"')),
             copy("dpo/model.pt", "sft/model.pt"))),
+    "a pipe in a run's place": at_once("", "model.pt is a pipe", given=(
+        remove("sft/model.pt"), lambda here: os.mkfifo(here("sft/model.pt")))),
+    "a pipe for a model": at_once("gpt.py --checkpoint {sft}", "model.pt is a pipe", given=(
+        remove("sft/model.pt"), lambda here: os.mkfifo(here("sft/model.pt")))),
+    "a pipe for a checkpoint": at_once("", "resume.pt is a pipe", given=(
+        remove("dpo/model.pt"), lambda here: os.mkfifo(here("dpo/resume.pt")))),
+    "a device of preferences": at_once("--groups /dev/zero", "/dev/zero is a pipe or a device"),
     "a folder of other settings": at_once(
         "", "sft_lr = 0.5", "sft_lr = 0.006", "--out", given=change(
             "sft/config.json", lambda old: old.replace(b'"sft_lr": 0.006', b'"sft_lr": 0.5'))),
@@ -683,9 +685,9 @@ MISTAKES = {
             remove(f"{stage}/{final}"), locked(stage)))
        for stage, final in FINAL.items()},
     "a second sweep": at_once("--stage degenerate", "in use by another process", "wait",
-                              given=sweeping("degenerate")),
+                              given=sweeping),
     **{f"the checkpoint of another stage in {stage}": at_work(
-        f"--stage {stage}", "resume.pt is damaged, or not what was looked for", "delete it", given=(
+        f"--stage {stage}", "resume.pt is damaged or of another kind", "delete it", given=(
             remove(f"{stage}/{final}"), save(f"{stage}/resume.pt", dict(step=9, other=2))))
        for stage, final in FINAL.items()},
     **{f"{what} for a checkpoint": at_once("", "resume.pt", "delete it, and", "from step 0", given=(
@@ -709,7 +711,7 @@ MISTAKES = {
     "no checkpoint to sample from": at_once("gpt.py --checkpoint nowhere", "nowhere", "train.py"),
     "a prompt past the context": at_once(f"gpt.py --checkpoint {{sft}} --prompt '{'film ' * 60}'",
                                          "the model's context is 48", "shorten it"),
-    "a million spaces": at_once(f"gpt.py --checkpoint {{sft}} --prompt '{' ' * 10**6}x'",
+    "a million spaces": at_once(["gpt.py", "--checkpoint", "{sft}", "--prompt", " " * 10**6 + "x"],
                                 "the model's context is 48", "shorten it"),
     **{f"gpt.py {flag}": at_once(f"gpt.py --checkpoint {{sft}} {flag}", flag.split()[0], "; give ")
        for flag in ("-n 0", "-n 1000000000", "--max-new-tokens 0", "--max-new-tokens 1000000000",

@@ -218,8 +218,10 @@ def test_unusual_rows_are_left_out_and_counted_by_reason(read):
     dialogue = "\n\nHuman: {}\n\nAssistant: {}".format
     rows = [usual, usual,  # twice: duplicates stay
             usual | {"chosen": " "}, usual | {"rejected": ""}, usual | {"chosen": "<|endoftext|>"},
-            usual | {"chosen": [user("film?"), assistant("")],
-                     "rejected": [user("film?"), assistant("x")]},
+            usual | {"chosen": [user("film"), assistant("")],
+                     "rejected": [user("film"), assistant("x")]},
+            usual | {"chosen": [user("song"), assistant("y")],
+                     "rejected": [user("song"), assistant("x")]},
             usual | {"rejected": " good"}, {"chosen": "same words", "rejected": "same words"},
             {"chosen": dialogue("a", "b"), "rejected": dialogue("c", "d")},
             {"chosen": [user("a")], "rejected": [user("b")]},
@@ -228,7 +230,8 @@ def test_unusual_rows_are_left_out_and_counted_by_reason(read):
     assert groups.completion_ids == [ended(" good", " bad")] * 2
     assert groups.dropped == {"an empty completion": 4, "equal completions": 2,
                               "no shared prompt": 2, "longer than 500,000 characters": 1,
-                              "longer than 512 tokens": 1}
+                              "longer than 512 tokens": 1,
+                              "a prompt that chosen and rejected do not have": 1}
     ranks = {"prompt": "film", "completions": ["a", "b", "a"]}
     groups = read(ranks | {"rewards": [1, 0, 1]}, ranks | {"rewards": [1, 1, 1]},
                   ranks | {"completions": ["a"] * 3, "rewards": [1, 2, 3]})

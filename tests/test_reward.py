@@ -138,7 +138,7 @@ def test_saved_and_loaded_it_gives_the_same_scores(tmp_path):
 def test_a_file_that_is_no_reward_model_is_named(tmp_path):
     path = tmp_path / "model.pt"
     save_tensors(path, GPT(CONFIG).checkpoint())
-    with pytest.raises(UserError, match="model.pt is damaged, or not .* it has no body.wte.weight"):
+    with pytest.raises(UserError, match="model.pt is damaged or .* it has no body.wte.weight"):
         RewardModel.load(path)
     model = random_model()
     with torch.no_grad():

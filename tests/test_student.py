@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.runs import UserError
-from support.student import import_file, load_weight, own_code, own_functions
+from support.student import blamed, import_file, load_weight, own_code, own_functions
 
 WEIGHTS = {"sigmoid": lambda m, beta: torch.sigmoid(-m), "constant": lambda m, beta: 0 * m + 1}
 CORE = """
@@ -113,6 +113,17 @@ def test_a_file_that_cannot_replace_anything_says_why(core, write, code, message
 def test_what_a_student_s_function_raises_is_named_with_its_line(core, write, code, message):
     path = write(f"\ndef loss(x, beta):\n    {code}\n\n"
                  "def helper():\n    return {}['no such key']\n")
-    with pytest.raises(UserError, match=message), own_code(core, path):
-        core.mean_loss([0.0, 1.0], 1.0)
+    with own_code(core, path), pytest.raises(UserError, match=message):
+        blamed(core.mean_loss, path)([0.0, 1.0], 1.0)
     assert core.loss(0.0, 1.0) == 1, "the core's own again"
+
+
+def test_what_is_not_a_student_s_fault_is_no_sentence(core, write):
+    path = write("def loss(x, beta):\n    return None\n")
+    with own_code(core, path), pytest.raises(TypeError):
+        core.mean_loss([0.0, 1.0], 1.0)  # where the core is not said to meet the student's results
+    for error in MemoryError(), torch.OutOfMemoryError("CUDA"), KeyboardInterrupt():
+        def fails():
+            raise error
+        with pytest.raises(type(error)):
+            blamed(fails, path)()

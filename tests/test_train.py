@@ -32,8 +32,8 @@ from gpt import GPT, GPTConfig, pad_rows
 from job import Job
 from reward import ToyReward
 from support import hf_gpt2, toy_reviews
-from support.runs import (Run, UserError, file_hash, load_tensors, main_exit, read_json,
-                          read_rows)
+from support.runs import (Run, UserError, file_hash, json_hash, load_tensors, main_exit,
+                          read_json, read_rows)
 from support.settings import OTHER_LOSSES, Settings, settings_of
 from train import lm_loss, preference_batches, score, starts_at_reference
 
@@ -545,8 +545,11 @@ def test_a_stage_leaves_its_files_and_says_what_was_run(chain, stage):
     assert config["about"]["command"][: len(TINY)] == TINY and config["about"]["preset"] == "toy"
     assert config["about"]["torch"] == torch.__version__ and config["about"]["threads"] == 1
     parents = {"sft": [], "groups": ["sft"], "dpo": ["sft", "groups"]}[stage]
-    assert config["parents"] == {"data": config["parents"]["data"]} | {
-        name: file_hash(folder(chain.out, name) / train.STAGES[name].final) for name in parents}
+    read = dict(sft=["model.pt", "bpe.tiktoken"],
+                groups=["ref_logps.pt", "groups.jsonl", "reference.json"])
+    assert config["parents"] == {"data": config["parents"]["data"]} | {parent: json_hash({
+        name: file_hash(folder(chain.out, parent) / name) for name in read[parent]})
+        for parent in parents}
 
 
 def test_sft_validates_on_reviews_that_it_has_not_seen(chain, job):
@@ -796,6 +799,17 @@ def test_the_real_command_interrupted_from_any_folder(chain, copied, tmp_path, s
     same(folder(out, "dpo"), folder(tmp_path / "whole", "dpo"))
 
 
+def test_our_own_error_beside_a_student_s_module_keeps_its_traceback(chain, copied, tmp_path,
+                                                                    monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def implicit_reward(pi_logps, ref_logps, beta, log_z=0.0):\n"
+        "    return beta * (pi_logps - ref_logps + log_z)\n")
+    monkeypatch.setattr(train, "held_out_measures", lambda *args: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key"):
+        command(*TINY, "--dpo-module", tmp_path / "mine.py", "--data", chain.data, "--out",
+                copied("sft", "groups"))
+
+
 def test_a_stage_of_experiments_is_handed_over_from_any_folder(strangers, monkeypatch):
     """PPO's own refusal, which comes before any work. The command starts in a fork, which has
     torch already, and replaces itself by `python -m experiments`."""
@@ -882,6 +896,33 @@ def test_hh_with_a_reference_of_ones_own(chain, job, tmp_path):
         assert row["prompt"] == "\n\nHuman: 0?\n\nAssistant:"
         assert "NaN" not in (folder(out, "dpo") / "result.json").read_text()
     assert torch.allclose(*logps, atol=1e-5)
+
+
+def test_preferences_that_changed_are_other_parents_although_their_log_probs_are_equal(
+        chain, tmp_path):
+    """The way that the sentence shows: delete the groups, and make them again."""
+    path, out = pairs_file(tmp_path / "my.jsonl", 12), tmp_path / "out"
+    argv = [*TINY, "--groups", path, "--reference", folder(chain.out, "sft"), "--data", chain.data,
+            "--out", out, "--dpo-steps", 2]
+    assert command(*argv).code == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | dict(
+        prompt=row["prompt"], completions=[row["chosen"], row["rejected"]], rewards=[0, 1]))
+        .replace('"chosen"', '"x"').replace('"rejected"', '"y"') + "\n" for row in rows))
+    refused(command(*argv), "my.jsonl has changed since", "delete")
+    before = load_tensors(folder(out, "groups") / "ref_logps.pt")["ref_logps"]
+    shutil.rmtree(folder(out, "groups"))
+    refused(command(*argv), "groups has changed since", "dpo", "delete")
+    assert torch.equal(before, load_tensors(folder(out, "groups") / "ref_logps.pt")["ref_logps"])
+    shutil.rmtree(folder(out, "dpo"))
+    assert command(*argv).code == 0
+
+
+def test_groups_made_again_are_the_same_parent(chain, copied):
+    out = copied("sft", "groups", "dpo")
+    shutil.rmtree(folder(out, "groups"))
+    result = command(*TINY, "--out", out, "--data", chain.data)
+    assert result.code == 0 and "groups: making" in result.out and "dpo: found" in result.out
 
 
 # ------------------------------------------------------------------------------ imdb
