@@ -57,6 +57,9 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
     after the last. Returns the last evaluation. Raises Diverged where a row, an evaluation or what
     a checkpoint would hold is not finite, so that no checkpoint ever holds NaN.
     """
+    def state() -> dict:
+        return {name: part.state_dict() for name, part in parts.items()}
+
     found = None
     start = saved = run.load_checkpoint(parts, steps)
     saved_at, every = time.monotonic(), evaluate_every or -(-steps // 4)
@@ -72,17 +75,14 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
             bar.set_postfix(shown, refresh=False)
             run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         last = i + 1 == steps
-        due = last or (i + 1) % every == 0
-        save = last or time.monotonic() - saved_at >= job.cfg.save_secs
-        if due or save:
-            state = {k: p.state_dict() for k, p in parts.items()}
-            check_finite(run, state, "a weight", i, saved)
-        if evaluation and due:
+        if evaluation and (last or (i + 1) % every == 0):
+            check_finite(run, state(), "a weight", i, saved)
             found = evaluation()
             check_finite(run, logged := without_texts(found), "the evaluation", i, saved)
             run.log(dict(step=i, eval=logged))
-        if save:
-            run.checkpoint(dict(step=i + 1) | state)
+        if last or time.monotonic() - saved_at >= job.cfg.save_secs:
+            check_finite(run, state(), "a weight", i, saved)
+            run.checkpoint(dict(step=i + 1) | state())
             saved, saved_at = i + 1, time.monotonic()
     return found or evaluation and evaluation()  # killed after the last step: evaluate again
 

@@ -6,7 +6,6 @@ before they are read.
 
 import hashlib
 import re
-import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,7 +70,7 @@ def reviews(path: Path) -> Iterator[tuple[str, int, bytes]]:
                 for file in sorted(folder.iterdir()):
                     if match := NAME.search(file.as_posix()):
                         with reading(file, REMEDY):
-                            check_size(file, regular_size(file), REVIEW)
+                            check_size(file, file.stat().st_size, REVIEW)
                             yield match[1], int(match[2]), file.read_bytes()
             return
         with tarfile.open(path, "r|*", tarinfo=Header) as archive:
@@ -79,7 +78,9 @@ def reviews(path: Path) -> Iterator[tuple[str, int, bytes]]:
                 check_size(f"{path}, decompressed,", member.offset_data, ARCHIVE)
                 if match := NAME.search(member.name):
                     name = f"{match[0]} in {path}"
-                    check_file(name, member.isfile())
+                    if not member.isfile():
+                        raise UserError(f"{name} is a folder, a link or a device, wanted a file; "
+                                        f"{REMEDY}")
                     check_size(name, member.size, REVIEW)
                     yield match[1], int(match[2]), archive.extractfile(member).read()
 
@@ -97,18 +98,6 @@ class Header(tarfile.TarInfo):
 def check_size(name: object, size: int, most: int) -> None:
     if not 0 <= size <= most:
         raise UserError(f"{name} has {size:,} bytes, wanted at most {most:,}; {REMEDY}")
-
-
-def check_file(name: object, regular: bool) -> None:
-    if not regular:
-        raise UserError(f"{name} is a folder, a link, a pipe or a device, wanted a file; {REMEDY}")
-
-
-def regular_size(path: Path) -> int:
-    """In bytes, of a file or of the file that a link leads to. A pipe or a device may never end."""
-    status = path.stat()
-    check_file(path, stat.S_ISREG(status.st_mode))
-    return status.st_size
 
 
 def download(cache: Path, progress: Callable[[str], object] = print) -> Path:

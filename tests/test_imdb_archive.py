@@ -201,7 +201,7 @@ def large(path):
 
 
 @pytest.mark.parametrize("make, words", [
-    (Path.mkdir, "is a folder"), (os.mkfifo, "a pipe"), (link_to_a_folder, "is a folder"),
+    (Path.mkdir, "Is a directory"), (os.mkfifo, "a pipe"), (link_to_a_folder, "Is a directory"),
     (broken_link, "cannot read .*No such file"), (endless_link, "cannot read .*symbolic links"),
     (lambda path: path.symlink_to("/dev/zero"), "a device"),
     (large, "has 1,000,000,000,000 bytes, wanted at most")])

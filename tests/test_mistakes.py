@@ -611,9 +611,9 @@ MISTAKES = {
         given=(write("aclImdb/test/pos/0_9.txt", "good"), variable("IMDB_PATH", "aclImdb"),
                lambda here, make=make: make(Path("aclImdb/test/pos/5_9.txt"))))
        for kind, (make, *words) in {
-           "is a folder": (Path.mkdir, "is a folder"), "is a pipe": (os.mkfifo, "a pipe"),
+           "is a folder": (Path.mkdir, "Is a directory"), "is a pipe": (os.mkfifo, "a pipe"),
            "is a device": (lambda path: path.symlink_to("/dev/zero"), "a device"),
-           "is a link to a folder": (lambda path: path.symlink_to(".."), "is a folder"),
+           "is a link to a folder": (lambda path: path.symlink_to(".."), "Is a directory"),
            "is a broken link": (lambda path: path.symlink_to("x"), "cannot read", "No such file"),
            "is an endless link": (lambda path: path.symlink_to(path.name), "cannot read"),
            "is a book": (lambda path: path.write_bytes(bytes(2**20 + 1)), "wanted at most")}
