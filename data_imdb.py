@@ -9,7 +9,6 @@ Legend: B sequences, T tokens, V vocabulary, P prompts, K completions per prompt
 """
 
 import argparse
-import base64
 import functools
 import hashlib
 import heapq
@@ -36,7 +35,7 @@ import tiktoken
 from support import imdb_archive, toy_reviews
 from support.imdb_archive import FOLDERS
 from support.preference_files import decode, read_preferences, some_left, token_ids
-from support.tokenizer_files import EOT, read_tiktoken
+from support.tokenizer_files import EOT, read_tiktoken, save_tiktoken, tokens_of
 
 SPLITS = ("train", "unsup", "valid", "test")
 FILES = ("bpe.tiktoken", *(f"{split}.npy" for split in SPLITS))
@@ -150,20 +149,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int | str) -> tiktoken.Encoding:
 
 
 def encoding_of(tokens: Sequence[bytes]) -> tiktoken.Encoding:
+    """Of tokens by id, with GPT-2's pre-tokens; <|endoftext|> is the last id."""
     ranks = {token: i for i, token in enumerate(tokens)}
     return tiktoken.Encoding(name=f"bpe{len(ranks) + 1}", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={EOT: len(ranks)})
-
-
-def save_encoding(file: BinaryIO, enc: tiktoken.Encoding) -> None:
-    """Ours or GPT-2's: in each line a token in base64, and its rank. For runs.write_whole."""
-    for i in range(enc.eot_token):
-        file.write(base64.b64encode(enc.decode_single_token_bytes(i)) + b" %d\n" % i)
-
-
-def load_encoding(path: Path) -> tiktoken.Encoding:
-    """What save_encoding wrote; UserError where there is none."""
-    return encoding_of(read_tiktoken(path))
 
 
 @dataclass
@@ -279,7 +268,7 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
         identity = _identity(base, about["notes"], about["labels"], again)
         if about["identity"] != identity:
             raise ValueError("it is not what was written")
-        enc = load_encoding(base / "bpe.tiktoken")
+        enc = encoding_of(read_tiktoken(base / "bpe.tiktoken", again))
         # np.asarray: still the file's memory, without the slow indexing of np.memmap
         streams = {s: np.asarray(np.load(base / f"{s}.npy", mmap_mode="r")) for s in SPLITS}
     tokens = {s: Tokens(x, np.flatnonzero(x == enc.eot_token)) for s, x in streams.items()}
@@ -300,7 +289,7 @@ def _build(splits: Splits, notes: dict[str, int], vocab: str, base: Path, progre
     enc = gpt2_encoding() if vocab == "gpt2" else train_bpe(texts, vocab)
     with writing(base):
         base.mkdir(parents=True, exist_ok=True)
-    write_whole(base / "bpe.tiktoken", lambda file: save_encoding(file, enc))
+    save_tiktoken(tokens_of(enc), base / "bpe.tiktoken")
     for split, rows in splits.items():
         progress(f"encoding {len(rows):,} reviews of {split}")
         texts, parts = [row.text for row in rows], []

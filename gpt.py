@@ -350,7 +350,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for flag, _, low, high in numbers:
         value = getattr(args, flag.strip("-").replace("-", "_"))
-        if not low <= value <= high and (flag, value) != ("--temperature", 0):  # the likeliest
+        if not low <= value <= high and (flag, value) != ("--temperature", 0):  # 0: greedy
             raise UserError(f"{flag} is {value}; give {low:g} to {high:g}")
     run = Path(args.checkpoint)
     with reading(run):

@@ -20,9 +20,9 @@ from gpt import GPT
 from reward import ModelReward, RewardModel, SiebertReward, ToyReward
 from support.hf_gpt2 import GPT2_SIZES
 from support.preference_files import read_preferences
-from support.runs import Run, UserError, load_tensors, read_json, write_whole
+from support.runs import Run, UserError, load_tensors, read_json
 from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_name
-from support.tokenizer_files import read_tokenizer, tokens_of
+from support.tokenizer_files import read_tokenizer, save_tiktoken, tokens_of
 
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision -> the type of its products
@@ -219,5 +219,5 @@ class Job:
 
     def save_policy(self, run: Run, model: GPT) -> None:
         """Its tokenizer, then model.pt, which marks the run finished."""
-        write_whole(run.path("bpe.tiktoken"), lambda f: data_imdb.save_encoding(f, self.data.enc))
+        save_tiktoken(tokens_of(self.data.enc), run.path("bpe.tiktoken"))
         run.finish(model.checkpoint())

@@ -57,8 +57,11 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
     after the last. Returns the last evaluation. Raises Diverged where a row, an evaluation or what
     a checkpoint would hold is not finite, so that no checkpoint ever holds NaN.
     """
-    def state() -> dict:
-        return {name: part.state_dict() for name, part in parts.items()}
+    def state(i: int) -> dict:
+        """What a checkpoint after step i holds."""
+        found = {name: part.state_dict() for name, part in parts.items()}
+        check_finite(run, found, "a weight", i, saved)
+        return found
 
     found = None
     start = saved = run.load_checkpoint(parts, steps)
@@ -76,13 +79,12 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
             run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         last = i + 1 == steps
         if evaluation and (last or (i + 1) % every == 0):
-            check_finite(run, state(), "a weight", i, saved)
+            state(i)  # a model of NaN is not evaluated
             found = evaluation()
             check_finite(run, logged := without_texts(found), "the evaluation", i, saved)
             run.log(dict(step=i, eval=logged))
         if last or time.monotonic() - saved_at >= job.cfg.save_secs:
-            check_finite(run, state(), "a weight", i, saved)
-            run.checkpoint(dict(step=i + 1) | state())
+            run.checkpoint(dict(step=i + 1) | state(i))
             saved, saved_at = i + 1, time.monotonic()
     return found or evaluation and evaluation()  # killed after the last step: evaluate again
 
@@ -575,6 +577,10 @@ for name in ("dpo", *OTHER_LOSSES):
                          report=functools.partial(report, stage=name))
 
 
+def is_made(job: Job, stage: str) -> bool:
+    return (job.folder(stage) / STAGES[stage].final).exists()
+
+
 def build(job: Job, stage: str, is_parent: bool = False) -> str:
     """Make a stage and, before it, the parents that are not there; the hash of its last file.
 
@@ -585,8 +591,8 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
         return job.hashes[folder]
     parents = {parent: build(job, parent, True) for parent in spec.parents(cfg)}
     if spec.compares:
-        there = (folder / spec.final).exists()  # else two commands would make the same runs
-        with nullcontext() if there else lock(job.root, ".runs.lock"):
+        # without the lock two commands would make the same runs
+        with nullcontext() if is_made(job, stage) else lock(job.root, ".runs.lock"):
             parents |= spec.compares(job)
     parents |= {"data": job.data.identity} | user_files(cfg, stage)
     run = Run(folder, settings_of(cfg, SETTINGS_OF[stage]), parents, spec.final, job.about(stage))
@@ -614,8 +620,7 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
 def unfinished(job: Job, stage: str) -> set[str]:
     """The stages that are still to be made: this one, and those that it stands on."""
     parents = set().union(*(unfinished(job, parent) for parent in STAGES[stage].parents(job.cfg)))
-    there = (job.folder(stage) / STAGES[stage].final).exists()
-    return parents if there else parents | {stage}
+    return parents if is_made(job, stage) else parents | {stage}
 
 
 def main(argv=None) -> None:

@@ -18,7 +18,8 @@ from job import Job
 from support import student
 from support.runs import Run, read_json, read_rows, read_text, write_whole
 from support.settings import Settings
-from train import HELD_OUT, STAGES, Stage, build, parents_of_groups, score, sequence_logps
+from train import (HELD_OUT, STAGES, Stage, build, is_made, parents_of_groups, score,
+                   sequence_logps)
 
 # ------------------------------------------------------------------------------ inspect
 
@@ -50,7 +51,7 @@ def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
     table = dict(pairs=rows, step=cfg.dpo_steps, beta=cfg.beta, groups=len(held),
                  rank_correlation=rank_correlation(implicit, r),
                  correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r))
-    if (job.folder("rm") / "model.pt").exists():  # r_φ, if stage rm has run
+    if is_made(job, "rm"):  # r_φ, if stage rm has run
         table["learned"] = read_json(job.folder("rm") / "report.json")
     text = inspection_text(job, rows, yw_idxs, yl_idxs, prompts, completions)
     write_whole(run.path("inspect.txt"), lambda file: file.write(text.encode()))

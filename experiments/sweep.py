@@ -35,7 +35,7 @@ from plot_frontier import kl_range
 from support.points import KEYS
 from support.runs import Run, UserError, load_tensors, read_json, read_rows, save_json
 from support.settings import Settings
-from train import STAGES, Diverged, Stage, build, needs
+from train import STAGES, Diverged, Stage, build, is_made, needs
 
 DIAL = (5, 10, 20, 50)  # s/β, on which alone the optimum of sampled and soft labels depends
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
@@ -117,7 +117,7 @@ def finals(cfg: Settings, rates: dict[str, float]) -> list[Planned]:
 
 
 def finished(job: Job, stage: str, cfg: Settings) -> bool:
-    return (job.beside(cfg).folder(stage) / STAGES[stage].final).exists()
+    return is_made(job.beside(cfg), stage)
 
 
 def compared(job: Job) -> int:

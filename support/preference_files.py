@@ -166,7 +166,7 @@ def from_whole_texts(texts: list[str], item: dict) -> tuple[str, list[str]]:
 
 
 def from_conversations(prompt: Any, sides: list[list]) -> tuple[str, list[str]]:
-    """The same of lists of messages."""
+    """The prompt and the answers of lists of messages, in HH's form."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     want(prompt is None or isinstance(prompt, list), "a prompt that is no text, no chat", prompt)

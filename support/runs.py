@@ -247,7 +247,7 @@ def load_tensors(path: Path | str, remedy: str = RESTORE) -> Any:
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Makes the folder; in the block no other process has its lock of this name. UserError else."""
+    """Makes the folder and holds its lock of this name. UserError where another process does."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "ab")

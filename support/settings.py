@@ -15,7 +15,7 @@ from pathlib import Path
 from support.hf_gpt2 import GPT2_SIZES
 from support.runs import UserError, file_hash, json_hash, reading
 
-SEED, RATE = 2**32 - 1, 1e38  # the largest: numpy's oldest seed, a number in float32
+SEED, RATE = 2**32 - 1, 1e38  # upper bounds: what 32 bits hold, what a float32 holds
 
 
 def opt(group, default, help, choices=None, low=0, high=10**9):
@@ -287,7 +287,7 @@ def check(cfg: Settings) -> None:
         flag = f"--{f.name.replace('_', '-')} is {value!r}"
         if f.type in (int, float) and not low <= value <= high:
             raise UserError(f"{flag}; it must be from {low} to {high}")
-        # nothing, a NUL byte, or bytes that are no UTF-8, which Python shows as surrogates
+        # refused: an empty name, a NUL byte, surrogates (they stand for bytes that are no UTF-8)
         if f.type is str and value != f.default and not re.fullmatch("[^\0\ud800-\udfff]+", value):
             raise UserError(f"{flag}; it must be a name, in UTF-8")
     for name in (cfg.out, cfg.data, cfg.groups, cfg.init, cfg.reference):

@@ -111,8 +111,8 @@ def own_functions(module: ModuleType, path: str) -> dict[str, Callable]:
 
 
 def blamed(function: Callable, path: str) -> Callable:
-    """The function, what it raises being the fault of a student's file, if a path is given. Of ours
-    those that meet what the student's return."""
+    """The function. With a path, what it raises is the fault of the student's file there: for the
+    student's own functions, and for those of ours that receive what these return."""
     @functools.wraps(function)
     def call(*args, **kwargs):
         with blame(path):

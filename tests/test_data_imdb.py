@@ -20,10 +20,11 @@ import pytest
 import regex
 
 import data_imdb
-from data_imdb import (EOT, Data, Groups, Tokens, UserError, gather_groups, lm_batch, lm_batches,
-                       sample_prompts, split_prompts, train_bpe)
+from data_imdb import (EOT, Data, Groups, Tokens, UserError, encoding_of, gather_groups, lm_batch,
+                       lm_batches, sample_prompts, split_prompts, train_bpe)
 from support import imdb_archive
 from support.runs import main_exit
+from support.tokenizer_files import read_tiktoken, save_tiktoken, tokens_of
 
 IMDB = os.environ.get("IMDB_PATH", "")
 quiet = {"progress": lambda text: None}
@@ -121,9 +122,8 @@ def test_bpe_refuses_a_size_it_cannot_have():
 
 def test_an_encoding_survives_the_disk(tmp_path):
     enc = train_bpe(["the film was good " * 3, "ça ☃"], 290)
-    with open(tmp_path / "bpe", "wb") as file:
-        data_imdb.save_encoding(file, enc)
-    again = data_imdb.load_encoding(tmp_path / "bpe")
+    save_tiktoken(tokens_of(enc), tmp_path / "bpe")
+    again = encoding_of(read_tiktoken(tmp_path / "bpe"))
     assert again._mergeable_ranks == enc._mergeable_ranks and again.eot_token == enc.eot_token
 
 
@@ -132,12 +132,11 @@ def test_an_encoding_survives_the_disk(tmp_path):
     lambda lines: [], lambda lines: [b"{}"], lambda lines: [b"", *lines],
     lambda lines: [line.split()[1] for line in lines]])
 def test_damaged_ranks_are_refused(tmp_path, damage):
-    with open(tmp_path / "bpe", "wb") as file:
-        data_imdb.save_encoding(file, train_bpe(["the film was good " * 3], 290))
+    save_tiktoken(tokens_of(train_bpe(["the film was good " * 3], 290)), tmp_path / "bpe")
     lines = (tmp_path / "bpe").read_bytes().splitlines()
     (tmp_path / "bpe").write_bytes(b"\n".join(damage(lines)))
     with pytest.raises(UserError, match="bpe is damaged or of another kind"):
-        data_imdb.load_encoding(tmp_path / "bpe")
+        read_tiktoken(tmp_path / "bpe")
 
 
 def test_gpt2_saved_is_gpt2(tmp_path):
@@ -145,9 +144,8 @@ def test_gpt2_saved_is_gpt2(tmp_path):
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary would be downloaded")
     enc = data_imdb.gpt2_encoding()
     assert enc.n_vocab == 50_257 and enc.eot_token == 50_256
-    with open(tmp_path / "bpe", "wb") as file:
-        data_imdb.save_encoding(file, enc)
-    again, rng = data_imdb.load_encoding(tmp_path / "bpe"), random.Random(0)
+    save_tiktoken(tokens_of(enc), tmp_path / "bpe")
+    again, rng = encoding_of(read_tiktoken(tmp_path / "bpe")), random.Random(0)
     for text in ["It's 2 films,  isn't\n\n it?", *("".join(rng.choices("ab é'☃\n 1.", k=50))
                                                   for _ in range(200))]:
         assert again.encode_ordinary(text) == enc.encode_ordinary(text)

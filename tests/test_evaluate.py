@@ -13,11 +13,12 @@ import torch
 from conftest import folder
 
 import evaluate as module
-from data_imdb import load_encoding
+from data_imdb import encoding_of
 from evaluate import (correlation, distinct2, evaluate, held_out_measures, jackknife_optimum,
                       optimal_frontier, optimal_reward, pairwise_accuracy, rank_correlation,
                       repetition, sequence_kl, standard_error, write_samples)
 from gpt import GPT, GPTConfig, pad_rows
+from support.tokenizer_files import read_tiktoken
 
 V, EOS, MAX_NEW = 4, 3, 3
 PROMPTS = [[0], [0, 1], [2, 2, 0]]
@@ -475,7 +476,7 @@ def test_the_table_shows_the_files_numbers(chain):
 
 def test_samples_stand_side_by_side(chain, tmp_path):
     """The same prompts by π_ref and by the policy; "…" where a completion did not end itself."""
-    enc = load_encoding(folder(chain.out, "dpo") / "bpe.tiktoken")
+    enc = encoding_of(read_tiktoken(folder(chain.out, "dpo") / "bpe.tiktoken"))
     reference_eval = read(folder(chain.out, "groups") / "reference.json")
     ids = enc.encode_ordinary(" was\ndull.")
     job = SimpleNamespace(data=SimpleNamespace(enc=enc, eot=enc.eot_token),

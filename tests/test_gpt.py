@@ -15,7 +15,7 @@ import gpt
 from gpt import GPT, GPTConfig, HeadLogps, length_buckets, pad_rows, sample_inverse_cdf
 from support import hf_gpt2
 from support.runs import UserError, main_exit, save_tensors
-from support.tokenizer_files import tokens_of
+from support.tokenizer_files import read_tiktoken, save_tiktoken, tokens_of
 
 SIZE = dict(vocab_size=61, n_ctx=24, n_layer=2, n_head=2, n_embd=16)
 
@@ -540,8 +540,7 @@ def run(tmp_path, encoding):
     """A run's folder: a model and its tokenizer."""
     model = tiny(std=0.1, dtype=torch.float32, vocab_size=encoding.n_vocab)
     save_tensors(tmp_path / "model.pt", model.checkpoint())
-    with open(tmp_path / "bpe.tiktoken", "wb") as file:
-        data_imdb.save_encoding(file, encoding)
+    save_tiktoken(tokens_of(encoding), tmp_path / "bpe.tiktoken")
     return tmp_path
 
 
@@ -586,7 +585,8 @@ def test_main_exports_what_transformers_opens_and_what_it_reads_itself(run, tmp_
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     idx = tokenizer(text, return_tensors="pt").input_ids[:, :24]
-    ours, enc = GPT.load(run / "model.pt").eval(), data_imdb.load_encoding(run / "bpe.tiktoken")
+    ours = GPT.load(run / "model.pt").eval()
+    enc = data_imdb.encoding_of(read_tiktoken(run / "bpe.tiktoken"))
     assert idx.tolist() == [enc.encode(text, allowed_special="all")[:24]]
     assert largest(ours.double()(idx), theirs.double()(idx).logits) < 1e-11
     assert theirs.config.eos_token_id == tokenizer.eos_token_id == enc.eot_token

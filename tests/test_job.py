@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import folder
 
-import data_imdb
+from data_imdb import encoding_of
 from evaluate import evaluate
 from gpt import GPT, GPTConfig
 from job import Job, matmul_rate, seed_of
@@ -18,6 +18,7 @@ from reward import ToyReward
 from support import hf_gpt2
 from support.runs import Run, UserError
 from support.settings import PRESETS
+from support.tokenizer_files import read_tiktoken
 
 V, EOT = 30, 29
 PROMPTS = [[EOT, *range(i % 5 + 1)] for i in range(13)]
@@ -137,7 +138,8 @@ def test_a_saved_policy_carries_its_tokenizer_and_finishes_the_run(job, tmp_path
         run.checkpoint(dict(step=1))
         job.save_policy(run, job.policy("dpo", 0.3))
         assert run.finished and not run.path("resume.pt").exists()
-    enc, saved = data_imdb.load_encoding(tmp_path / "bpe.tiktoken"), GPT.load(tmp_path / "model.pt")
+    enc = encoding_of(read_tiktoken(tmp_path / "bpe.tiktoken"))
+    saved = GPT.load(tmp_path / "model.pt")
     text = "I found The Silent Harbour truly dull."
     assert enc.encode_ordinary(text) == job.data.enc.encode_ordinary(text)
     assert same_weights(saved, job.policy("dpo")) and saved.config.dropout == 0
