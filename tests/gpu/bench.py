@@ -1,16 +1,21 @@
-"""What the device does with the preset imdb: one JSON object, and flags for a run that fits.
+"""What the device does at the presets' sizes: one JSON object, and flags for a run that fits.
 
     PYTHONPATH=. python tests/gpu/bench.py --json FILE --flags FILE [--budget 440] [--device cpu]
 
-Run it in the repository's root; on a CPU, where everything is tiny, only to try this file.
+Run it in the repository's root; on a CPU, where everything is tiny, only to try this file. The rows
+run in the order in which they stand here, the most important first; none starts after the limit.
+Run again with the same FILE, it goes on with the rows that are missing.
 
 B sequences, T tokens, V vocabulary, M scored tokens, P prompts, K completions per prompt.
 """
 
 import argparse
+import copy
 import functools
+import gc
 import json
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -19,11 +24,14 @@ import numpy as np
 import torch
 from common import MemoryRun, job_on, random_groups
 
+import dpo
 import train
 from experiments.ppo import PPO, PPOConfig
 from gpt import GPT, GPTConfig
 from job import matmul_rate
 from reward import ModelReward, RewardModel, label_loss
+from support import hf_gpt2
+from support.settings import PRESETS
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--json", default="bench.json")
@@ -31,17 +39,19 @@ parser.add_argument("--flags", default="flags")
 parser.add_argument("--budget", type=float, default=440, help="seconds for the main run")
 parser.add_argument("--limit", type=float, default=100, help="seconds: no new row after them")
 parser.add_argument("--device", default="cuda")
-parser.add_argument("--only", default="", help="rows, with commas between; default: all but the "
-                    "last, whose compiling takes a minute")
+parser.add_argument("--only", default="", help="rows, with commas between; default: all, but on a "
+                    "CPU not those compiled, which take minutes")
 args = parser.parse_args()
 job, big, began = job_on(args.device, precision="bf16"), args.device == "cuda", time.time()
-device, B, T, P = job.device, *((128, 256, 200) if big else (8, 32, 24))
-config = GPTConfig(50257, T, 8, 8, 512) if big else GPTConfig(301, T, 2, 2, 16)
-V, rng, MANY = config.vocab_size, np.random.default_rng(0), 2048 if big else 8
-out = dict(device=torch.cuda.get_device_name() if big else "cpu", torch=torch.__version__)
-longest = 64 if big else 8
+fp16 = job_on(args.device, precision="fp16")
+device, P, longest, MANY = job.device, *((200, 64, 2048) if big else (24, 8, 8))
+V, rng = 50257 if big else 301, np.random.default_rng(0)
+made = Path(args.json)
+out = json.loads(made.read_text()) if made.exists() else dict(
+    device=torch.cuda.get_device_name() if big else "cpu", torch=torch.__version__)
 groups = random_groups(rng, V, P, longest // 2, longest)
 many = [groups.prompt_ids[i % P] for i in range(MANY)]
+ESTIMATE_GB = {"imdb": 10, "gpt2": 31, "gpt2-large": 48}  # of SFT; reckoned, before any GPU
 
 
 def sync() -> None:
@@ -61,37 +71,66 @@ def timed(work, n: int = 20, warm: int = 3) -> float:
     return statistics.median(seconds[warm:])
 
 
-def new_model(dropout: float = 0.0) -> GPT:
+def new_model(dropout: float = 0.0, preset: str = "imdb") -> GPT:
+    """The preset's GPT with random weights."""
+    c = PRESETS[preset]
+    sizes = (c.n_ctx, c.n_layer, c.n_head, c.n_embd) if big else (32, 2, 2, 16)
     torch.manual_seed(0)
-    return GPT(GPTConfig(**vars(config) | dict(dropout=dropout))).to(device)
+    with device:  # a CPU needs seconds to draw gpt2-large's
+        return GPT(GPTConfig(V, *sizes, dropout))
 
 
 def fit_rates(model, batches, loss_fn, steps: int, job=job, **settings) -> dict:
-    """Medians of train.fit's own log, and the wall time per step with everything between."""
+    """Medians of train.fit's own log; the wall time of a step after the first, with everything
+    between; the peak memory."""
     run = MemoryRun()
+    gc.collect()  # the model of the row before
+    if big:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     sync()
     started = time.perf_counter()
     train.fit(job, run, model, batches, loss_fn, steps=steps, **settings)
     sync()
-    wall, rows = (time.perf_counter() - started) / steps, run.rows[len(run.rows) // 3:]
-    median = {k: statistics.median(r[k] for r in rows) for k in ("seconds", "mfu", "tokens_per_s")}
-    return dict(ms=1e3 * median.pop("seconds"), wall_ms=1e3 * wall, **median,
-                first_s=run.rows[0]["seconds"])
+    wall, first = time.perf_counter() - started, run.rows[0]["seconds"]
+    median = {k: statistics.median(row[k] for row in run.rows[steps // 3:])
+              for k in ("seconds", "mfu", "tokens_per_s")}
+    memory = torch.cuda.max_memory_allocated() / 1e9 if big else None
+    return dict(ms=1e3 * median.pop("seconds"), wall_ms=1e3 * (wall - first) / (steps - 1),
+                **median, first_s=first, peak_GB=memory)
 
 
-def lm_batches(step: int):
-    lengths = rng.integers(T // 2, T + 1, B) if big else np.full(B, T)
-    lengths[0] = T
-    real = np.arange(T + 1) <= lengths[:, None]
-    idx = np.where(real, rng.integers(0, V, (B, T + 1)), 0)
-    return [dict(idx=idx, mask=real & (np.arange(T + 1) > 0), lengths=lengths + 1)], \
-        int(lengths.sum())
+def sft_settings(preset: str) -> dict:
+    """For train.fit: batches of the preset's size, of which one window has the whole context."""
+    c = PRESETS[preset]
+    B, T = (c.sft_batch // c.sft_accum, c.n_ctx) if big else (4, 32)
+
+    def micro_batch() -> dict:
+        lengths = rng.integers(T // 2, T + 1, B)
+        lengths[0] = T
+        real = np.arange(T + 1) <= lengths[:, None]
+        idx = np.where(real, rng.integers(0, V, (B, T + 1)), 0)
+        return dict(idx=idx, mask=real & (np.arange(T + 1) > 0), lengths=lengths + 1)
+
+    def batches(step: int):
+        micro_batches = [micro_batch() for _ in range(c.sft_accum)]
+        return micro_batches, sum(int(m["mask"].sum()) for m in micro_batches)
+
+    return dict(batches=batches, loss_fn=train.lm_loss, lr=1e-4, warmup=4, weight_decay=0.1)
 
 
-SFT = dict(batches=lm_batches, loss_fn=train.lm_loss, lr=1e-3, warmup=4, weight_decay=0.1)
+SFT = sft_settings("imdb")
 DPO = dict(batches=train.preference_batches(job.cfg, groups, torch.zeros(P, 4), list(range(P))),
            loss_fn=train.preference_loss(job.cfg), lr=1e-6, warmup=4, schedule="linear",
            optimizer="rmsprop")
+PAIRS = 6 * job.cfg.dpo_batch  # per step
+
+
+def dpo_rates(model, steps: int, job=job) -> dict:
+    found = fit_rates(model, steps=steps, job=job, **DPO)
+    return found | dict(pairs_per_s=1e3 * PAIRS / found["wall_ms"])
+
+
 ROWS = []
 
 
@@ -101,73 +140,20 @@ def peak():
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     product = timed(lambda: a @ a, 50, 30)
     vector = torch.randn(2**28 if big else 2**10, device=device)
-    copy = timed(lambda: vector.clone(), 20)
+    copying = timed(lambda: vector.clone(), 20)
     return dict(tflops=2 * n**3 / product / 1e12, by_fit=matmul_rate(device, "bf16") / 1e12,
-                copy_TB_s=8 * vector.numel() / copy / 1e12)
-
-
-@ROWS.append
-def head_products():
-    """TFLOP/s of the head's three products, V as it is and as a multiple of 64."""
-    found, M, C = {}, 23_442 if big else 50, config.n_embd
-    h = torch.randn(M, C, device=device, dtype=torch.bfloat16)
-    for columns in (V, -(-V // 64) * 64):
-        w = torch.randn(columns, C, device=device, dtype=torch.bfloat16)
-        g = torch.randn(M, columns, device=device, dtype=torch.bfloat16)
-        flops = 2 * M * columns * C / 1e12
-        found[columns] = dict(forward=flops / timed(lambda: h @ w.t(), 10),
-                              dh=flops / timed(lambda: g @ w, 10),
-                              dw=flops / timed(lambda: g.t() @ h, 10))
-    return found
+                copy_TB_s=8 * vector.numel() / copying / 1e12)
 
 
 @ROWS.append
 def sft():
-    return fit_rates(new_model(0.1), steps=40 if big else 3, **SFT)
-
-
-@ROWS.append
-def dpo_step():
-    model = new_model()
-    found = fit_rates(model, steps=80 if big else 3, **DPO)
-    if big:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            fit_rates(model, steps=3, **DPO)
-            torch.cuda.set_sync_debug_mode("default")
-        found["syncs_in_3_steps"] = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught})
-        found["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
-
-
-@ROWS.append
-def sampling():
-    """Completions per second, by how many are sampled at once."""
-    model, found = new_model().eval(), {}
-    for n in ((job.batch_size(), 2048) if big else (4,)):
-        with job.autocast():
-            model.sample(many[:64], 8, -1, 0, batch_size=n)
-            sync()
-            started = time.perf_counter()
-            model.sample(many, 64 if big else 8, -1, 0, batch_size=n)
-        found[n] = MANY / (time.perf_counter() - started)
-    return found
-
-
-@ROWS.append
-def judge():
-    """Completions per second, by how many are scored at once."""
-    model, completions = RewardModel.from_gpt(new_model(), T).to(device), \
-        [groups.completion_ids[i % P][0] for i in range(MANY)]
-    return {n: MANY / timed(functools.partial(
-        ModelReward(model, V - 1, batch_size=n), many, completions), 3, 1)
-        for n in ((256, 1024) if big else (4,))}
+    return fit_rates(new_model(0.1), steps=40 if big else 3, **SFT) | dict(
+        estimate_GB=ESTIMATE_GB["imdb"])
 
 
 @ROWS.append
 def reward_step():
-    n, n_ctx, crop = (64, 512, 72) if big else (4, T, 8)
+    n, n_ctx, crop = (64, 512, 72) if big else (4, 32, 8)
 
     def batches(step):
         made = []
@@ -182,13 +168,163 @@ def reward_step():
 
 
 @ROWS.append
+def sampling():
+    """Completions per second, by how many are sampled at once."""
+    model, found = new_model().eval(), {}
+    for n in ((512, MANY) if big else (4,)):
+        with job.autocast():
+            model.sample(many[:64], 8, -1, 0, batch_size=n)
+            sync()
+            started = time.perf_counter()
+            model.sample(many, longest, -1, 0, batch_size=n)
+        found[str(n)] = MANY / (time.perf_counter() - started)
+    return found
+
+
+@ROWS.append
+def dpo_step():
+    model = new_model()
+    found = dpo_rates(model, 80 if big else 3)
+    if big:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            fit_rates(model, steps=3, **DPO)
+            torch.cuda.set_sync_debug_mode("default")
+        found["syncs_in_3_steps"] = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught})
+    return found
+
+
+@ROWS.append
+def profile():
+    """Per step: operations, kernels, and the GPU's busy time, beside the time of an unprofiled
+    step. A GPU that is busy for much less of it waits for launches. Tables go into files."""
+    activity, found = torch.profiler.ProfilerActivity, {}
+
+    def profiled(model, settings, steps: int):
+        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * big) as seen:
+            train.fit(job, MemoryRun(), model, steps=steps, **settings)
+        events = [e for e in seen.events() if not e.is_user_annotation]
+        kernels = [e.time_range.elapsed_us() for e in events if e.device_type.name == "CUDA"]
+        operations = [e for e in events if e.name.startswith("aten::") and not (
+            e.cpu_parent and e.cpu_parent.name.startswith("aten::"))]
+        return seen, np.array([len(operations), len(kernels), sum(kernels) / 1e3])
+
+    for name, model, settings in (("dpo_step", new_model(), DPO), ("sft", new_model(0.1), SFT)):
+        _, once = profiled(model, settings, 1)  # with what is done once per call
+        seen, more = profiled(model, settings, 3)
+        found[name] = dict(zip(("operations", "kernels", "gpu_ms"), ((more - once) / 2).tolist()),
+                           step_ms=measured(name, "ms", None))
+        key = "self_device_time_total" if big else "self_cpu_time_total"
+        table = seen.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
+        Path(args.json.replace(".json", f"-{name}.txt")).write_text(table)
+    return found
+
+
+def steps_of(preset: str) -> dict:
+    """SFT's and DPO's steps at the preset's sizes: time, and memory beside the estimate."""
+    return dict(
+        sft=fit_rates(new_model(PRESETS[preset].dropout, preset), steps=3, **sft_settings(preset)),
+        estimate_GB=ESTIMATE_GB[preset], dpo=dpo_rates(new_model(0.0, preset), 3))
+
+
+@ROWS.append
+def gpt2_large():
+    return steps_of("gpt2-large")
+
+
+@ROWS.append
+def gpt2():
+    return steps_of("gpt2")
+
+
+def peer_of(model: GPT, folder: str):
+    """transformers' GPT2LMHeadModel with our weights, through files in this folder."""
+    from transformers import AutoModelForCausalLM
+
+    hf_gpt2.save(model, Path(folder))
+    return AutoModelForCausalLM.from_pretrained(folder).to(device)
+
+
+@ROWS.append
+def generate():
+    """New tokens per second, ours and those of `generate` with weights in bf16, by batch size.
+    Prompts have 8 tokens and no completion ends early, so that nothing is padded."""
+    ours, found = new_model().eval(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        peer = peer_of(ours, folder).to(torch.bfloat16).eval()
+    for n in ((128, MANY) if big else (4,)):
+        prompts = torch.randint(V, (n, 8), device=device)
+        seconds = timed(lambda: peer.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, top_p=1.0,
+            max_new_tokens=longest, eos_token_id=None, pad_token_id=0), 1, 1)
+        with job.autocast():
+            our_seconds = timed(lambda: ours.sample(prompts.tolist(), longest, -1, 0, batch_size=n),
+                                1, 1)
+        found[n] = dict(ours=n * longest / our_seconds, generate=n * longest / seconds)
+    return found
+
+
+@ROWS.append
+def trl():
+    """Pairs per second of TRL's DPOTrainer at its fastest, beside ours of the row dpo_step: bf16,
+    log-probs of π_ref made before, no gradient checkpointing, as many pairs per step."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            sync()
+            ends.append(time.perf_counter())
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # token ids already
+
+    yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards))
+    _, completions = groups.flat(range(P))
+    rows = [dict(prompt_ids=groups.prompt_ids[w // 4], chosen_ids=completions[w],
+                 rejected_ids=completions[l]) for w, l in zip(yw.tolist(), yl.tolist())]
+    tokenizer = PreTrainedTokenizerFast(  # only its padding id is used
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), eos_token="<pad>",
+        pad_token="<pad>")
+    with tempfile.TemporaryDirectory() as folder:
+        policy = peer_of(new_model(), folder)
+        config = DPOConfig(
+            output_dir=folder, max_steps=24 if big else 3, per_device_train_batch_size=PAIRS,
+            bf16=True, use_cpu=not big, beta=job.cfg.beta, learning_rate=1e-6, report_to=[],
+            save_strategy="no", disable_tqdm=True, precompute_ref_log_probs=True,
+            gradient_checkpointing=False)
+        Trainer(policy, copy.deepcopy(policy), args=config, processing_class=tokenizer,
+                train_dataset=Dataset.from_list(rows), callbacks=[Clock()]).train()
+    return dict(trl=PAIRS / float(np.median(np.diff(ends)[len(ends) // 4:])),
+                ours=measured("dpo_step", "pairs_per_s", None))
+
+
+@ROWS.append
+def dpo_fp16():
+    return dpo_rates(new_model(), 40 if big else 3, fp16)
+
+
+@ROWS.append
+def sft_fp16():
+    return fit_rates(new_model(0.1), steps=20 if big else 3, job=fp16, **SFT)
+
+
+@ROWS.append
 def ppo_iteration():
     def sample(model, prompts, seed):
         with job.autocast():
-            return model.sample(prompts, longest, V - 1, seed, batch_size=job.batch_size())
+            return model.sample(prompts, longest, V - 1, seed, batch_size=job.batch_size(model))
 
-    ppo = PPO(new_model(), new_model(), lambda _, c: torch.rand(len(c)), sample, V - 1,
-              PPOConfig(4, 1e-6, warmup=0), job.autocast, job.batch_size())
+    policy = new_model()
+    ppo = PPO(policy, new_model(), lambda _, c: torch.rand(len(c)), sample, V - 1,
+              PPOConfig(4, 1e-6, warmup=0), job.autocast, job.batch_size(policy))
     seconds = []
     for i in range(3 if big else 1):
         sync()
@@ -199,16 +335,28 @@ def ppo_iteration():
 
 
 @ROWS.append
-def profile():
-    """Where the GPU's and the CPU's time goes in three steps of each kind: a table in a file."""
-    activity = torch.profiler.ProfilerActivity
-    for name, model, stage in (("sft", new_model(0.1), SFT), ("dpo", new_model(), DPO)):
-        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * big) as seen:
-            train.fit(job, MemoryRun(), model, steps=3, **stage)
-        key = "self_device_time_total" if big else "self_cpu_time_total"
-        table = seen.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
-        Path(args.json.replace(".json", f"-{name}.txt")).write_text(table)
-    return "written"
+def judge():
+    """Completions per second, by how many are scored at once."""
+    model, completions = RewardModel.from_gpt(new_model(), 256 if big else 32).to(device), \
+        [groups.completion_ids[i % P][0] for i in range(MANY)]
+    return {n: MANY / timed(functools.partial(
+        ModelReward(model, V - 1, batch_size=n), many, completions), 3, 1)
+        for n in ((256, 1024) if big else (4,))}
+
+
+@ROWS.append
+def head_products():
+    """TFLOP/s of the head's three products, V as it is and as a multiple of 64."""
+    found, M, C = {}, 23_442 if big else 50, 512 if big else 16
+    h = torch.randn(M, C, device=device, dtype=torch.bfloat16)
+    for columns in (V, -(-V // 64) * 64):
+        w = torch.randn(columns, C, device=device, dtype=torch.bfloat16)
+        g = torch.randn(M, columns, device=device, dtype=torch.bfloat16)
+        flops = 2 * M * columns * C / 1e12
+        found[columns] = dict(forward=flops / timed(lambda: h @ w.t(), 10),
+                              dh=flops / timed(lambda: g @ w, 10),
+                              dw=flops / timed(lambda: g.t() @ h, 10))
+    return found
 
 
 @ROWS.append
@@ -217,33 +365,39 @@ def sft_compiled():
                      job=job_on(args.device, precision="bf16", compile=True), **SFT)
 
 
-def measured(row: str, key, otherwise: float) -> float:
+@ROWS.append
+def dpo_compiled():
+    return dpo_rates(new_model(), 60 if big else 2,
+                     job_on(args.device, precision="bf16", compile=True))
+
+
+def measured(row: str, key, otherwise):
     return out[row][key] if isinstance(out.get(row), dict) else otherwise
 
 
-def main_run_flags() -> dict:
+def main_run_flags() -> str:
     """Settings of a main run that fits: a quarter of the budget for SFT's steps, a twentieth for
     r*'s, a twentieth for the samples of the groups and of the optimum (32,768 for that one)."""
     sft_ms, reward_ms = measured("sft", "wall_ms", 50), measured("reward_step", "wall_ms", 35)
-    per_s = measured("sampling", job.batch_size() if big else 4, 3000)
+    per_s = measured("sampling", str(MANY if big else 4), 3000)
     sft_steps = max(300, int(min(6000, 0.25 * args.budget * 1e3 / sft_ms)) // 100 * 100)
     reward_steps = int(min(1500, 0.05 * args.budget * 1e3 / reward_ms)) // 50 * 50
     prompts = int(min(25_000, max(2_000, (0.05 * args.budget * per_s - 32_768) / 4)))
-    return dict(sft_steps=sft_steps, sft_warmup=max(50, sft_steps // 20),
-                reward_steps=max(200, reward_steps), prompts=prompts // 500 * 500)
+    flags = dict(sft_steps=sft_steps, sft_warmup=max(50, sft_steps // 20),
+                 reward_steps=max(200, reward_steps), prompts=prompts // 500 * 500)
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
 
 
-wanted = args.only.split(",") if args.only else [row.__name__ for row in ROWS[:-1]]
 for row in ROWS:
-    if row.__name__ in wanted and time.time() - began < args.limit:
+    name = row.__name__
+    wanted = name in args.only.split(",") if args.only else big or "compiled" not in name
+    if wanted and not isinstance(out.get(name), dict) and time.time() - began < args.limit:
         try:
-            out[row.__name__] = row()
+            out[name] = row()
         except Exception as e:
-            out[row.__name__] = f"{type(e).__name__}: {e}"
-            torch.cuda.empty_cache() if big else None
-        print(f"{row.__name__} ({time.time() - began:.0f} s): {out[row.__name__]}", flush=True)
-        Path(args.json).write_text(json.dumps(out, indent=1, default=str))
-flags = main_run_flags() if isinstance(out.get("sft"), dict) else {}
-text = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
-Path(args.flags).write_text(text)
-print("flags:", text)
+            out[name] = f"{type(e).__name__}: {e}"
+        print(f"{name} ({time.time() - began:.0f} s): {out[name]}", flush=True)
+        made.write_text(json.dumps(out, indent=1, default=str))
+        if isinstance(out.get("sft"), dict):
+            Path(args.flags).write_text(main_run_flags())
+print("flags:", main_run_flags())

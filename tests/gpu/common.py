@@ -1,4 +1,4 @@
-"""What checks.py and bench.py share: a job without a corpus, a run without a folder, groups."""
+"""For test_device.py and bench.py: a job without a corpus, a run without a folder, groups."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -3,18 +3,19 @@
 # repository's root, with the folder .gpu/ of prepare.sh:
 #   bash .gpu/gpu_run.sh check      about 200 s
 #   bash .gpu/gpu_run.sh main       about 480 s, at once after the first; again: it goes on
+#   bash .gpu/gpu_run.sh bench 100  where seconds are left: the rows that `check` had no time for
 # Nothing stops the script. Each phase has a limit, a log, and two lines in run.log; what is worth
 # keeping is packed into $OUT after each. To try it without a GPU: GPU_DEVICE=cpu, which makes
-# everything tiny. GPU_SUITE=0 leaves the two phases of pytest out.
+# everything tiny. GPU_SUITE=0 leaves the suite out, which runs on the CPU.
 set -uo pipefail
 mode=${1:-check} device=${GPU_DEVICE:-cuda} here=$(dirname "$0") python=${PYTHON:-python3}
 OUT=${OUT:-/tmp/gpu-out} work=${WORK:-/tmp/gpu-work}
-limit=${2:-$([ "$mode" = check ] && echo 200 || echo 480)}  # seconds
+limit=${2:-$([ "$mode" = main ] && echo 480 || echo 200)}  # seconds
 start=$SECONDS
 mkdir -p "$OUT" "$work"; exec > >(tee -a "$work/run-$mode.log" "$OUT/run.log") 2>&1
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TORCHINDUCTOR_CACHE_DIR=$work/inductor
-export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$work/none}
+export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$work/none} HF_HUB_OFFLINE=1
 slow=1; [ "$device" = cpu ] && { export OMP_NUM_THREADS=1; slow=10; }  # limits are a GPU's
 
 left() { echo $((slow * limit - (SECONDS - start))); }
@@ -23,7 +24,7 @@ clock() { printf '%4d s' $((SECONDS - start)); }
 pack() {  # at most 8 files of 16 MiB, none deeper than $OUT
   local runs; runs=$(cat "$work/runs" 2>/dev/null || echo out)
   (cd "$work" && tar czf "$OUT/logs.tar.gz" --exclude=inductor --exclude=smoke --exclude=none \
-    --exclude=toydata --exclude='runs-*' . 2>/dev/null)
+    --exclude=site --exclude=toydata --exclude='runs-*' . 2>/dev/null)
   [ -d "$runs" ] && (cd "$runs" && find . -type f \( -name '*.jsonl' -o -name '*.json' \
     -o -name '*.png' -o -name '*.txt' -o -name '*.md' \) ! -name groups.jsonl -print0 |
     tar czf "$OUT/results.tar.gz" --null -T - 2>/dev/null)
@@ -50,6 +51,15 @@ unpack() {  # IMDb's tokens into data/
   phase data 40 $python -c "import tarfile; tarfile.open('$here/data.tar.xz').extractall('data')"
 }
 
+bench() {  # again: it goes on. Its packages of prepare.sh are for it alone
+  [ "$device" = cuda ] && [ -d "$here/whl" ] && [ ! -d "$work/site" ] &&
+    phase wheels 30 $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+      --target "$work/site" "$here"/whl/*.whl
+  SHOW=40 phase bench $(($(left) - 5)) env PYTHONPATH="$PYTHONPATH:$work/site" $python \
+    tests/gpu/bench.py --device "$device" --json "$work/bench.json" --flags "$work/flags" \
+    --limit $(($(left) - 20))
+}
+
 trap 'pack; echo "[$(clock)] end; in $OUT: $(ls "$OUT" | tr "\n" " ")"' EXIT
 
 if [ "$mode" = check ]; then
@@ -57,15 +67,15 @@ if [ "$mode" = check ]; then
     --n-embd 32 --n-ctx 48 --sft-steps 8 --sft-batch 16 --dropout 0.1 --prompts 40 --eval-prompts 8
     --valid-prompts 8 --optimum-samples 4 --max-new-tokens 24 --dpo-steps 6 --dpo-batch 5
     --rm-batch 12 --rm-epochs 1 --ppo-steps 4 --ppo-rollouts 8 --best-of 8 --data $work/toydata"
-  rm -rf "$work/smoke" "$work/smoke.txt"
+  rm -rf "$work/smoke" "$work/smoke.txt" "$work/bench.json"
   SHOW=14 phase env 20 bash -c "nvidia-smi -L
     nvidia-smi --query-gpu=memory.total,clocks.sm,driver_version --format=csv
     nproc; free -g | head -2; df -h /dev/shm /tmp .
     $python -c 'import torch, numpy, tiktoken, matplotlib as m; print(torch.__version__,
       numpy.__version__, m.__version__, torch.cuda.is_available(), torch.cuda.is_bf16_supported())'"
   [ -s "$here/data.tar.xz" ] && unpack
-  # the corpus and its BPE once; then a chain per precision, side by side with checks.py and, on
-  # the CPU, with the whole suite
+  # the corpus and its BPE once; then a chain per precision, side by side with test_device.py and,
+  # on the CPU, with the whole suite
   phase smoke-sft 60 $python train.py --stage sft $tiny --out "$work/smoke/first"
   suite=
   if [ "${GPU_SUITE:-1}" = 1 ]; then
@@ -82,20 +92,16 @@ if [ "$mode" = check ]; then
        echo "smoke $precision $stage: exit $?" | tee -a "$work/smoke.txt"
      done) & chains+=($!)
   done
-  SHOW=20 phase checks 75 $python "$here/checks.py" --device "$device"
+  SHOW=6 phase checks 75 $python -m pytest -q -rP --tb=short --durations=3 -p no:cacheprovider \
+    -k "$device" tests/gpu/test_device.py tests/test_dpo.py
   wait "${chains[@]}"
   echo "[$(clock)] chains: $(grep -c 'exit 0' "$work/smoke.txt") of 7 ended well"
   grep -v 'exit 0' "$work/smoke.txt" | tr -d : | while read -r _ precision stage _; do
     tail -n 3 "$work/smoke-$precision-$stage.log"; done | cut -c1-300
-  if [ -n "$suite" ]; then
-    wait $suite; tail -n 3 "$work/pytest.log"
-    phase pytest-cuda 45 $python -m pytest -q -p no:cacheprovider -k cuda
-  fi
-  SHOW=16 phase bench $(($(left) - 5)) $python "$here/bench.py" --device "$device" \
-    --json "$work/bench.json" --flags "$work/flags" --limit $(($(left) - 45))
-  # minutes on a CPU, whose operations inductor compiles with g++
-  [ "$device" = cuda ] && phase compiled $(($(left) - 3)) $python "$here/bench.py" \
-    --json "$work/bench-compiled.json" --flags /dev/null --only sft_compiled
+  [ -n "$suite" ] && { wait $suite; tail -n 3 "$work/pytest.log"; }
+  bench
+elif [ "$mode" = bench ]; then
+  bench
 else
   if [ "$device" = cpu ]; then
     base=(--preset toy --device cpu --threads 1 --reviews 300 --vocab 900 --n-layer 1 --n-head 2

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Beforehand, in the repository's root, on a CPU: what a GPU machine needs, in the folder .gpu/,
-# which git ignores: these scripts, and the tokens of the whole of IMDb (34 MiB, two minutes).
+# which git ignores: the script, the tokens of the whole of IMDb (34 MiB, two minutes), and TRL, for
+# bench.py's row of that name.
 #   IMDB_PATH=.../aclImdb_v1.tar.xz TIKTOKEN_CACHE_DIR=.../tiktoken bash tests/gpu/prepare.sh
 set -euo pipefail
 : "${IMDB_PATH:?}" "${TIKTOKEN_CACHE_DIR:?}" "${PYTHON:=python3}"
 mkdir -p .gpu
-cp tests/gpu/*.py tests/gpu/*.sh .gpu/
+cp tests/gpu/gpu_run.sh .gpu/
 if [ ! -s .gpu/data.tar.xz ]; then
   folder=$($PYTHON - <<'P'
 from pathlib import Path
@@ -22,6 +23,11 @@ P
 )
   tar -C .gpu -cf - "$(basename "$folder")" | xz -3 -T0 > .gpu/data.tar.xz
   rm -r "$folder"
+fi
+if [ ! -d .gpu/whl ]; then  # what the GPU's image lacks, for its Python
+  grep -E '^(trl|datasets)==' requirements-bench.txt | xargs $PYTHON -m pip download -q --no-deps \
+    --only-binary=:all: --python-version 3.12 --implementation cp -d .gpu/whl \
+    dill==0.4.1 multiprocess==0.70.19 || { rm -rf .gpu/whl; echo "no wheels: no row for TRL"; }
 fi
 files() { git ls-files -co --exclude-standard -z; }  # of which deleted ones make du fail
 tree=$(files | xargs -0 du -cb 2>/dev/null | tail -1 | cut -f1 || true)

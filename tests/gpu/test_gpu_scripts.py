@@ -1,6 +1,6 @@
 """The scripts for a GPU machine, run on a CPU at their smallest: each phase ends with exit 0.
 
-`check` takes a minute on two cores, so its test runs only with TEST_GPU_CHECK=1.
+`check` takes two minutes on two cores, so its test runs only with TEST_GPU_CHECK=1.
 """
 
 import os
@@ -30,8 +30,8 @@ def test_main_runs_dpo_the_frontier_and_inspect_and_packs_their_results(tmp_path
     assert packed == {"run.log", "logs.tar.gz", "results.tar.gz", "frontier.png", "curves.png"}
 
 
-@pytest.mark.skipif(not os.environ.get("TEST_GPU_CHECK"), reason="a minute: TEST_GPU_CHECK=1")
-def test_check_runs_a_chain_per_precision_the_checks_and_the_bench(tmp_path):
+@pytest.mark.skipif(not os.environ.get("TEST_GPU_CHECK"), reason="two minutes: TEST_GPU_CHECK=1")
+def test_check_runs_a_chain_per_precision_the_device_s_tests_and_the_bench(tmp_path):
     chains = ("bf16 dpo", "bf16 inspect", "bf16 ppo", "bf16 best-of-n", "fp16 dpo", "fp32 dpo",
               "fp32 unlikelihood")
     assert phases("check", tmp_path) == dict.fromkeys(
