@@ -80,7 +80,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """To mean 0 and variance 1 over the mask, 0 elsewhere: one learning rate fits any reward."""
-    mean, std = x[mask].mean(), x[mask].std(correction=0)
+    std, mean = torch.std_mean(x[mask], correction=0)
     return torch.where(mask, (x - mean) / (std + 1e-8), 0)
 
 
@@ -175,13 +175,13 @@ class PPO:
         idx, mask, lengths, (logps, ref_logps, values) = self.score_rollouts(prompts, completions)
         rewards = token_rewards(scores.to(logps), logps, ref_logps, mask, self.beta)
         advantages, returns = gae(rewards, values, mask, c.gamma, c.lam)
-        tokens, targets = int(mask.sum()), returns[mask]
+        tokens = sum(map(len, completions))
+        errors, spread = torch.stack([advantages, returns])[:, mask].var(1, correction=0)
         row = dict(
             kl=float((logps - ref_logps).sum(1).mean()), reward=float(scores.mean()),
             beta=self.beta, entropy=float(-logps.sum() / tokens), length=tokens / len(prompts),
             eos=sum(ids[-1] == self.eos for ids in completions) / len(prompts),
-            explained_variance=float(1 - (targets - values[mask]).var(correction=0)
-                                     / targets.var(correction=0).clamp(min=1e-8)))
+            explained_variance=float(1 - errors / spread.clamp(min=1e-8)))  # A = return - V
         rollouts = idx, mask, logps, whiten(advantages, mask), returns
         row |= self.optimize(step, rollouts, lengths, generator)
         if c.target and step >= c.warmup:
@@ -198,11 +198,11 @@ class PPO:
         idx = idx.to(self.device)
         scores = torch.zeros(3, *idx.shape, device=self.device)
         for rows in length_buckets(lengths, self.batch_size):
-            i, m = trim_padding((idx, mask), rows, lengths)
+            at = without_padding(rows, lengths, self.device)
+            i, m = idx[at], mask[at]
             with self.autocast():  # log π as in training: a ratio must start at 1
-                parts = (self.policy.token_logps(i, m), self.reference.token_logps(i, m),
-                         self.value(i) * m)
-            scores[:, rows, : i.size(1)] = torch.stack(parts)
+                scores[:, *at] = torch.stack((self.policy.token_logps(i, m),
+                                              self.reference.token_logps(i, m), self.value(i) * m))
         return idx, mask, lengths, scores
 
     def optimize(self, step: int, rollouts, lengths: Tensor, generator) -> dict[str, float]:
@@ -222,30 +222,30 @@ class PPO:
     def update(self, rollouts, lengths: Tensor, part: Tensor, warmup: bool) -> Tensor:
         """One optimizer step on the samples `part`: the values of LOGGED."""
         self.optimizer.zero_grad(set_to_none=True)
-        n = rollouts[1][part].sum()  # tokens
+        n = rollouts[1][part.to(self.device, non_blocking=True)].sum()  # tokens
         sums = torch.zeros(4, device=self.device)
         # training keeps activations, which take far more memory than sampling
         for rows in length_buckets(lengths[part], max(1, self.batch_size // 8)):
-            idx, mask, old_logps, advantages, returns = trim_padding(rollouts, part[rows], lengths)
+            at = without_padding(part[rows], lengths, self.device)
+            idx, mask, old_logps, advantages, returns = (x[at] for x in rollouts)
             with self.autocast():
                 values = self.value(idx)
                 logps = old_logps if warmup else self.policy.token_logps(idx, mask)
-            value_loss = 0.5 * (values - returns)[mask].square().sum()
+            value_loss = 0.5 * torch.where(mask, values - returns, 0).square().sum()
             loss, clipped = clipped_objective(logps, old_logps, advantages, mask, self.config.clip)
             ((loss + value_loss) / n).backward()
-            log_ratio = (logps - old_logps).detach()[mask]
+            log_ratio = torch.where(mask, logps - old_logps, 0).detach()
             sums += torch.stack([loss.detach(), value_loss.detach(), clipped,
                                  (log_ratio.exp() - 1 - log_ratio).sum()])
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.config.max_norm).to(self.device)
-                 for m in (self.policy, self.value)]
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.config.max_norm)
+                 .to(self.device, non_blocking=True) for m in (self.policy, self.value)]
         self.optimizer.step()
         return torch.cat([sums / n, torch.stack(norms)])
 
 
-def trim_padding(tensors, rows: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Those rows of (N, T) tensors, without the padding that only longer ones need."""
-    T = int(lengths[rows].max())
-    return [x[rows, :T] for x in tensors]
+def without_padding(rows: Tensor, lengths: Tensor, device: torch.device) -> tuple:
+    """The index of those rows of (N, T) tensors, less the padding that only longer ones need."""
+    return rows.to(device, non_blocking=True), slice(int(lengths[rows].max()))
 
 
 # ------------------------------------------------------------------------------ the stages
@@ -271,7 +271,7 @@ def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
     config = PPOConfig(steps=cfg.ppo_steps, lr=cfg.ppo_lr, value_lr=cfg.ppo_value_lr,
                        beta=cfg.ppo_beta * sd, target=cfg.ppo_target)
     method = PPO(policy, reference, reward, job.sample, job.data.eot, config, job.autocast,
-                 job.batch_size())
+                 job.batch_size(policy))
 
     def step(i: int) -> dict:
         seed = seed_of(cfg, f"{stage} {cfg.run_seed}", i)

@@ -5,12 +5,16 @@ import io
 import json
 import math
 import shutil
+from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import KILL, TINY, command, folder, same, stopped_and_finished
+from conftest import KILL, TINY, Waits, command, folder, same, stopped_and_finished
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dpo
 from experiments.ppo import (PPO, PPOConfig, ValueModel, adaptive_kl_beta, clipped_objective, gae,
@@ -272,6 +276,15 @@ def one_update(**config) -> PPO:
     return trainer(**dict(warmup=0, minibatches=1, epochs=1) | config)
 
 
+def calls_of_update(ppo: PPO) -> list[tuple]:
+    """The arguments of each `update` of one step, which is taken."""
+    calls, update = [], ppo.update
+    ppo.update = lambda *args: calls.append(args) or update(*args)
+    ppo.step(0, PROMPTS, 0)
+    ppo.update = update
+    return calls
+
+
 def rollouts(ppo: PPO):
     """The last step's idx (N, T), mask (N, T) and scores (N,)."""
     idx, prompt_lens, lengths = pad_rows(*ppo.last)
@@ -366,10 +379,7 @@ def test_seeds_differ():
 
 
 def test_every_epoch_passes_over_all_samples_in_an_order_of_its_own():
-    ppo, parts = trainer(epochs=3, minibatches=4), []
-    update = ppo.update
-    ppo.update = lambda *args: parts.append(args[2].tolist()) or update(*args)
-    ppo.step(0, PROMPTS, 0)
+    parts = [args[2].tolist() for args in calls_of_update(trainer(epochs=3, minibatches=4))]
     assert [len(part) for part in parts] == [len(PROMPTS) / 4] * 12
     epochs = [sum(parts[i : i + 4], []) for i in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(len(PROMPTS))) for epoch in epochs)
@@ -380,6 +390,65 @@ def test_small_batches_take_the_same_step():
     rows = [one_update(batch_size=n).step(0, PROMPTS, 0) for n in (512, 5)]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4, abs=1e-6)
     assert rows[0]["clip_fraction"] == rows[0]["approx_kl"] == 0, "a ratio does not start at 1"
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_an_update_reads_nothing_outside_the_mask(warmup):
+    logs, after = [], []
+    for trash in (0.0, math.nan):
+        ppo = one_update()
+        [((idx, mask, *others), lengths, part, _)] = calls_of_update(ppo)
+        others = [x.masked_fill(~mask, trash) for x in others]
+        logs.append(ppo.update((idx, mask, *others), lengths, part, warmup))
+        after.append(torch.cat([parameters(ppo.policy), parameters(ppo.value)]))
+    assert torch.equal(*logs) and torch.equal(*after) and logs[0].isfinite().all()
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_an_update_waits_for_a_gpu_once_per_batch_and_in_warm_up_never(warmup):
+    ppo = one_update(batch_size=8 * 5)  # 24 rollouts in 5 batches of an update
+    [(*args, _)] = calls_of_update(ppo)
+    with Waits() as found:
+        ppo.update(*args, warmup)
+    lengths = {"_local_scalar_dense": 5}  # each batch's longest: these are on the CPU anyway
+    assert Counter(found) == lengths | ({} if warmup else {"nonzero": 5})  # of token_logps
+
+
+class Moves(TorchDispatchMode):
+    """`with Moves() as moves:` moves.found lists the operations on tensors of two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        self.found += [f.__name__] * (len({x.device for x in tensors}) > 1)
+        return out
+
+
+def test_an_update_moves_one_index_per_batch_to_the_device(monkeypatch):
+    """On the device "meta". An index on the CPU would be copied by each tensor that it indexes."""
+    ppo = one_update(batch_size=8 * 5)
+    [(rollouts, lengths, part, _)] = calls_of_update(ppo)
+    ppo.device, ppo.optimizer.step = torch.device("meta"), lambda: None
+    ppo.policy.to("meta"), ppo.value.to("meta")
+    rollouts = [x.to("meta") for x in rollouts]
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no meta
+    with Moves() as moves:
+        ppo.update(rollouts, lengths, part, warmup=True)
+    assert moves.found == ["_to_copy.default"] * (1 + 5), "the update's index, its batches'"
+
+
+@pytest.mark.parametrize("epochs, minibatches", [(1, 1), (3, 4)])
+def test_a_step_waits_few_times_besides_its_updates(epochs, minibatches):
+    ppo = trainer(warmup=0, epochs=epochs, minibatches=minibatches)
+    completions = ppo.sample(ppo.policy, PROMPTS, 0)
+    ppo.sample = lambda *_: completions
+    with Waits() as found:
+        ppo.step(0, PROMPTS, 0)
+    assert len(found) - 2 * epochs * minibatches <= 12, found
 
 
 def test_the_row_describes_the_samples():
