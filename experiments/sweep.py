@@ -156,13 +156,14 @@ def tried_rates(job: Job) -> list[dict]:
 
 # ------------------------------------------------------------------------------ many runs at once
 
-def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) -> dict[str, str]:
-    """Make runs whose parents are there, `jobs` at once: folder name -> hash of its last file.
+def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
+    """Make runs, `jobs` at once: folder name -> hash of its last file.
 
-    wanted: (stage, settings). done(stage, settings, error) is called as each ends; error is None or
-    Diverged. Any other exception kills the workers and is raised; the same command goes on.
+    batches: lists of (stage, settings), each asked for when the runs of the one before have ended.
+    done(stage, settings, error) is called as each run ends; error is None or Diverged. Any other
+    exception kills the workers and is raised; the same command goes on.
     """
-    hashes = {}
+    hashes, pool, spawn = {}, None, multiprocessing.get_context("spawn")
 
     def finish(stage, cfg, result):
         try:
@@ -171,47 +172,56 @@ def run_parallel(job: Job, wanted: list[tuple[str, Settings]], jobs: int, done) 
             error = diverged
         done(stage, cfg, error)
 
-    missing = [w for w in wanted if not finished(job, *w)] if jobs > 1 else []
-    for stage, cfg in wanted:
-        if (stage, cfg) not in missing:
-            finish(stage, cfg, lambda: build_quietly(job.beside(cfg), stage))
-    if not missing:
-        return hashes
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(missing)), spawn, end_with_parent) as pool:
-        try:
-            # workers inherit this: Ctrl-C is for the parent, which kills them
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            futures = {pool.submit(in_worker, job.preset, cfg, job.command, stage): (stage, cfg)
-                       for stage, cfg in missing}
-            signal.signal(signal.SIGINT, handler)
+    try:
+        for wanted in batches:
+            futures = {}
+            for stage, cfg in wanted:
+                if jobs == 1 or finished(job, stage, cfg):
+                    finish(stage, cfg, lambda: build_quietly(job.beside(cfg), stage))
+                    continue
+                # workers inherit this: Ctrl-C is for the parent, which kills them
+                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                pool = pool or ProcessPoolExecutor(jobs, spawn, start_worker, (
+                    spawn.Value("i", 0), job.preset, job.cfg, job.command))
+                futures[pool.submit(in_worker, stage, cfg)] = stage, cfg
+                signal.signal(signal.SIGINT, handler)
             for future in as_completed(futures):
                 finish(*futures[future], future.result)
-        except BaseException as error:
-            for child in multiprocessing.active_children():
-                child.kill()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError("a run was killed from outside, perhaps because memory ran out: "
-                                "give a lower --jobs; the same command goes on") from None
-            raise
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            child.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError("a run was killed from outside, perhaps because memory ran out: give "
+                            "a lower --jobs; the same command goes on") from None
+        raise
+    finally:
+        if pool:
+            pool.shutdown()
     return hashes
 
 
-def in_worker(preset: str, cfg: Settings, command: list[str], stage: str) -> str:
+def start_worker(gpus_taken, *args) -> None:
+    """A worker has one job for all its runs, on the next GPU. It ends when its parent is killed."""
+    global worker_job
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    worker_job = Job(*args)
+    if worker_job.device.type == "cuda":
+        with gpus_taken.get_lock():
+            torch.cuda.set_device(gpus_taken.value % torch.cuda.device_count())
+            gpus_taken.value += 1
+
+
+def in_worker(stage: str, cfg: Settings) -> str:
     torch.set_num_threads(cfg.threads)
-    return build_quietly(Job(preset, cfg, command), stage)
+    worker_job.cfg = cfg  # what is loaded is the same for all runs
+    return build_quietly(worker_job, stage)
 
 
 def build_quietly(job: Job, stage: str) -> str:
     """build, without its prints: the sweep shows the progress of all runs."""
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
         return build(job, stage)
-
-
-def end_with_parent() -> None:
-    """A worker ends when its parent is killed."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def make_runs(job: Job) -> dict[str, str]:
@@ -222,12 +232,14 @@ def make_runs(job: Job) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     # a small model leaves a GPU idle between its kernels; a large one needs all of its memory
     small = sum(p.numel() for p in job.load_reference().parameters()) < 1e8
-    jobs = job.cfg.jobs or (min(cores, 8) if job.device.type == "cpu" else 4 if small else 1)
+    jobs = job.cfg.jobs or (min(cores, 8) if job.device.type == "cpu" else
+                            (4 if small else 1) * torch.cuda.device_count())
     cfg = replace(job.cfg, threads=max(1, cores // jobs)) if jobs > 1 else job.cfg
     first = list(tried(cfg).values())
     total = 2 + len(first) + len(finals(cfg, {p.method: p.rate for p in first})) \
         - len(methods_of(cfg))  # one candidate per method is also a final run
-    plans, diverged, hashes, count = {}, [], {}, itertools.count(1)
+    plans = {(p.stage, p.cfg): p for p in first}
+    diverged, count = [], itertools.count(1)
     with tqdm(total=total, desc="frontier", unit="run", disable=not sys.stderr.isatty()) as bar:
 
         def done(stage, cfg, error):
@@ -244,14 +256,14 @@ def make_runs(job: Job) -> dict[str, str]:
             bar.update()
             bar.write(f"  {next(count)} of {total} runs; {what}")
 
-        def make(others, runs):
-            mine = {(p.stage, p.cfg): p for p in runs}
-            plans.update(mine)
-            hashes.update(run_parallel(job, [*((x, cfg) for x in others), *mine], jobs, done))
+        def batches():
+            yield [("rm", cfg), *(run for run in plans if run[0] != "ppo")]
+            yield [("best-of-n", cfg), *(run for run in plans if run[0] == "ppo")]  # they need r_φ
+            rest = [p for p in finals(cfg, chosen_rates(tried_rates(job))) if p not in first]
+            plans.update({(p.stage, p.cfg): p for p in rest})
+            yield [(p.stage, p.cfg) for p in rest]
 
-        make(["rm"], [p for p in first if p.stage != "ppo"])
-        make(["best-of-n"], [p for p in first if p.stage == "ppo"])  # these need r_φ
-        make([], [p for p in finals(cfg, chosen_rates(tried_rates(job))) if p not in first])
+        hashes = run_parallel(job, batches(), jobs, done)
     if diverged:
         print(f"  {len(diverged)} runs diverged and are left out: {'; '.join(diverged)}")
     return hashes

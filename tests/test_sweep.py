@@ -13,8 +13,10 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TINY, command, folder, in_child, refused
 
 from experiments import sweep
@@ -248,11 +250,57 @@ def test_a_worker_makes_the_run_that_this_process_makes(job):
     """Also where Ctrl-C reaches it: a worker ignores it, while it starts as well."""
     ended, run = [], two_runs(job)[0]
     with_workers(send(signal.SIGINT), 1)
-    (name, made), = run_parallel(job, [run], 2, lambda *a: ended.append(a)).items()
+    (name, made), = run_parallel(job, [[run]], 2, lambda *a: ended.append(a)).items()
     assert ended == [(*run, None)]
     shutil.rmtree(job.root / name)
     job.hashes.clear()
-    assert run_parallel(job, [run], 1, lambda *a: None) == {name: made}
+    assert run_parallel(job, [[run]], 1, lambda *a: None) == {name: made}
+
+
+def test_a_worker_makes_many_runs_and_reads_what_they_share_once(job):
+    """After its first run the groups are gone: reading them again would make them again."""
+    (first, second), workers, groups = two_runs(job), [], job.folder("groups")
+
+    def batches():
+        yield [first]
+        shutil.rmtree(groups)
+        yield [second]
+
+    made = run_parallel(job, batches(), 2, lambda *a: workers.append(
+        [worker.pid for worker in multiprocessing.active_children()]))
+    assert len(made) == 2 and not groups.exists()
+    assert len(workers[0]) == 1 and workers[0] == workers[1]
+    assert not multiprocessing.active_children(), "a worker outlives the sweep"
+
+
+def test_finished_runs_start_no_process(job, monkeypatch):
+    made = run_parallel(job, [two_runs(job)], 1, lambda *a: None)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", None)
+    assert run_parallel(job, [two_runs(job)], 2, lambda *a: None) == made
+
+
+def test_workers_take_the_gpus_in_turn(monkeypatch):
+    taken, count = [], multiprocessing.get_context("spawn").Value("i", 0)
+    monkeypatch.setattr(sweep, "worker_job", None, raising=False)
+    monkeypatch.setattr(threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    for name, value in dict(is_available=True, is_bf16_supported=True, device_count=2).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for device in ("cuda", "auto", "cpu", "cuda", "cuda", "cuda"):
+        sweep.start_worker(count, "toy", replace(TOY, device=device), [])
+    assert taken == [0, 1, 0, 1, 0], "none for a CPU"
+
+
+def test_four_small_runs_share_a_gpu_and_a_large_one_has_its_own(job, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(sweep, "run_parallel", lambda job, batches, jobs, done: asked.append(jobs))
+    job.cfg, job.device = replace(job.cfg, jobs=0), torch.device("cuda")
+    for size in (10**7, 10**8):
+        model = torch.nn.Linear(size, 1, bias=False, device="meta")
+        monkeypatch.setattr(job, "load_reference", lambda: model)
+        make_runs(job)
+    assert asked == [12, 3]
 
 
 @pytest.mark.parametrize("signal_sent, raised", [(signal.SIGINT, KeyboardInterrupt),
@@ -264,7 +312,7 @@ def test_ctrl_c_and_a_killed_worker_end_the_sweep_and_its_workers(job, signal_se
         with_workers(lambda workers: os.killpg(0, signal.SIGINT), 2) \
             if signal_sent == signal.SIGINT else with_workers(send(signal.SIGKILL), 2)
         try:
-            run_parallel(job, two_runs(job), 2, lambda *a: None)
+            run_parallel(job, [two_runs(job)], 2, lambda *a: None)
         except raised as error:
             print(repr(error), multiprocessing.active_children())
             return 3
@@ -273,7 +321,7 @@ def test_ctrl_c_and_a_killed_worker_end_the_sweep_and_its_workers(job, signal_se
     assert code == 3 and "[]" in text and "Traceback" not in text, text
     assert signal_sent == signal.SIGINT or "--jobs" in text
     assert not any(finished(job, *run) for run in two_runs(job)), "a worker went on"
-    assert len(run_parallel(job, two_runs(job), 1, lambda *a: None)) == 2, "it goes on afterwards"
+    assert len(run_parallel(job, [two_runs(job)], 1, lambda *a: None)) == 2, "it goes on afterwards"
 
 
 def test_a_killed_sweep_leaves_no_worker_behind(job, tmp_path):
@@ -285,7 +333,7 @@ def test_a_killed_sweep_leaves_no_worker_behind(job, tmp_path):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)  # a worker that lives on would keep our pipe open
         with_workers(die, 1)
-        run_parallel(job, two_runs(job)[:1], 2, lambda *a: None)
+        run_parallel(job, [two_runs(job)[:1]], 2, lambda *a: None)
 
     code, text = in_child(work)
     assert code == -signal.SIGKILL, text
@@ -320,11 +368,11 @@ def test_a_reward_model_that_diverges_ends_the_sweep(chain, copied):
 def test_divergence_is_reported_and_any_other_error_raised(job):
     wanted, ended = two_runs(job), []
     wanted[0] = "dpo", replace(wanted[0][1], dpo_lr=1e36, dpo_warmup=0, eval_every=2)
-    hashes = run_parallel(job, wanted, 1, lambda *a: ended.append(a[2]))
+    hashes = run_parallel(job, [wanted], 1, lambda *a: ended.append(a[2]))
     assert len(hashes) == 1 and isinstance(ended[0], Diverged) and ended[1] is None
     busy = job.beside(replace(job.cfg, beta=0.9)).folder("dpo")
     busy.mkdir()
     with open(busy / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another process"):
-            run_parallel(job, [("dpo", replace(job.cfg, beta=0.9))], 1, lambda *a: None)
+            run_parallel(job, [[("dpo", replace(job.cfg, beta=0.9))]], 1, lambda *a: None)
