@@ -10,12 +10,10 @@ import math
 import torch
 
 from dpo import completion_mask, kl_divergence, optimal_policy, preference_pairs
-from gpt import GPT, length_buckets, pad_rows
+from gpt import BLOCK_BYTES, GPT, length_buckets, pad_rows
 from plot_frontier import training_curves
 from support.runs import read_json, read_text, write_whole
 from support.settings import OTHER_LOSSES
-
-BLOCK_BYTES = 2**26  # of float32 log-probs over the vocabulary, made at a time
 
 
 @torch.no_grad()
@@ -32,13 +30,15 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
     π is the policy at the `temperature` that it was sampled at (0: all on the token taken);
     π_ref is the reference at 1. With another temperature than the samples' neither is an estimate.
     """
-    mask = completion_mask(prompt_lens, lengths, idx.size(1)).to(idx.device)[:, 1:]
-    sequence = mask.nonzero()[:, 0]  # (M,) the sequence of each scored token
-    hidden = [m.hidden(idx[:, :-1])[mask] for m in (policy, reference)]  # (M, C) each
-    targets = idx[:, 1:][mask]
+    mask = completion_mask(prompt_lens, lengths, idx.size(1))[:, 1:]
+    where = mask.flatten().nonzero()[:, 0]  # (M,), for which a CPU waits for its GPU
+    sequence = where // mask.size(1)  # (M,) the sequence of each scored token
+    hidden = [m.hidden(idx[:, :-1]).flatten(0, 1).index_select(0, where)  # (M, C) each
+              for m in (policy, reference)]
+    targets = idx[:, 1:].flatten().index_select(0, where)
     out = torch.zeros(3, len(idx), dtype=torch.float64, device=idx.device)
-    step = max(1, BLOCK_BYTES // (4 * policy.config.vocab_size))
-    for i in range(0, len(sequence), step):
+    step = max(1, BLOCK_BYTES[idx.device.type] // (4 * policy.config.vocab_size))
+    for i in range(0, len(where), step):
         part = slice(i, i + step)
         at = targets[part, None]
         logits, ref_logits = (m.head(h[part]).float() for m, h in zip((policy, reference), hidden))

@@ -120,7 +120,7 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), under autocast up to one constant per position."""
-        return project(hidden, head_weight(self.wte.weight))
+        return project(hidden, head_weight(self.wte.weight))[..., : self.config.vocab_size]
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V); position t predicts token t + 1."""
@@ -132,16 +132,32 @@ class GPT(nn.Module):
         The head is applied only where the mask is true. The result is float32 or wider, whatever
         the precision of the products. mask[:, 0] must be false: nothing predicts a first token.
         """
-        mask, targets = mask[:, 1:], idx[:, 1:]
-        hidden = self.hidden(idx[:, :-1])[mask]  # (M, C): position t - 1 predicts token t
+        where = mask[:, 1:].flatten().nonzero()[:, 0]  # (M,), for which a CPU waits for its GPU
+        hidden = self.hidden(idx[:, :-1]).flatten(0, 1).index_select(0, where)  # (M, C)
+        targets = idx[:, 1:].flatten().index_select(0, where)  # position t - 1 predicts token t
         limit = max(1, LOGITS_BUDGET[idx.device.type] // (4 * self.config.vocab_size))
         needs_grad, score = torch.is_grad_enabled(), HeadLogps.apply
         if needs_grad and len(hidden) > limit:  # too many to keep: made again in the backward pass
             score = functools.partial(recompute, score, use_reentrant=False)
-        parts = zip(hidden.split(limit), targets[mask].split(limit))
-        logps = torch.cat([score(h, self.wte.weight, t, needs_grad) for h, t in parts])  # (M,)
-        out = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
-        return F.pad(out.masked_scatter(mask, logps), (1, 0))
+        parts = zip(hidden.split(limit), targets.split(limit))
+        logps = torch.cat([score(h, self.wte.weight, t, needs_grad, self.score_block)
+                           for h, t in parts])  # (M,)
+        out = logps.new_zeros(len(idx) * (idx.size(1) - 1)).index_copy(0, where, logps)
+        return F.pad(out.view(len(idx), -1), (1, 0))
+
+    @staticmethod
+    def score_block(logits, targets, slopes):
+        """Logits (M, V), targets (M,) -> their log-probs (M,), reduced in float32.
+
+        Softmax minus one-hot is written to slopes (M, V), which is empty without a gradient.
+        """
+        full = torch.promote_types(logits.dtype, torch.float32)
+        all_logps, at = logits.log_softmax(-1, dtype=full), targets[:, None]
+        logps = all_logps.gather(-1, at)
+        if len(slopes):
+            torch.exp(all_logps, out=slopes)
+            slopes.scatter_(-1, at, logps.expm1().to(slopes.dtype))  # p - 1
+        return logps[:, 0]
 
     def sample(self, prompts, max_new_tokens, eos, seed, temperature=1.0, top_k=0, top_p=1.0,
                batch_size=512, parallel=map):
@@ -177,12 +193,11 @@ class GPT(nn.Module):
     def _sample_part(self, prompts, uniforms, eos, temperature, top_k, top_p):
         """Every row starts at position 0; one still inside its prompt takes its own next token."""
         device, config = self.wte.weight.device, self.config
-        tokens, prompt_lens, _ = pad_rows(prompts, [[]] * len(prompts))
-        ends = (prompt_lens + uniforms.size(1)).clamp(max=config.n_ctx)  # b stops before ends[b]
+        tokens, lens, _ = pad_rows(prompts, [[]] * len(prompts))
+        ends = (lens + uniforms.size(1)).clamp(max=config.n_ctx)  # b stops before ends[b]
         tokens = F.pad(tokens, (0, int(ends.max()) - tokens.size(1)))
+        prompt_lens, ends, tokens, uniforms = (x.to(device) for x in (lens, ends, tokens, uniforms))
         stops = ends.clone()  # one past each row's last token
-        prompt_lens, ends, tokens, stops, uniforms = (
-            x.to(device) for x in (prompt_lens, ends, tokens, stops, uniforms))
         w = head_weight(self.wte.weight)  # its dtype is that of keys and values too
         cache = torch.empty(config.n_layer, 2, len(prompts), config.n_head, tokens.size(1),
                             config.n_embd // config.n_head, dtype=w.dtype, device=device)
@@ -191,6 +206,7 @@ class GPT(nn.Module):
         start, t = 0, min(map(len, prompts))  # the shortest prompt goes in at once
         while t < tokens.size(1):
             logits = project(self.hidden(tokens[rows, start:t], cache, start)[:, -1], w)
+            logits = logits[:, : config.vocab_size]
             step = t - prompt_lens[rows]  # negative inside the prompt
             u = uniforms[rows, step.clamp(0, uniforms.size(1) - 1)]
             new = sample_inverse_cdf(logits, u, temperature, top_k, top_p)
@@ -200,14 +216,14 @@ class GPT(nn.Module):
             stops[rows] = torch.where(ended, t + 1, stops[rows])
             running &= ~ended
             start, t = t, t + 1
-            if t % 4 == 0:  # the count makes a CPU wait for its GPU; a drop copies the cache
-                left = int(running.sum())
-                if left == 0:
+            if t % 4 == 0:  # a CPU waits here for its GPU
+                left = running.nonzero()[:, 0]
+                if len(left) == 0:
                     break
-                if left < 0.85 * len(rows):
-                    rows, cache, running = rows[running], cache[:, :, running], running[running]
-        stops, lens, tokens = stops.tolist(), prompt_lens.tolist(), tokens.tolist()
-        return [row[a:b] for row, a, b in zip(tokens, lens, stops)]
+                if len(left) < 0.85 * len(rows):  # a drop copies the cache
+                    rows, running = rows[left], running[left]
+                    cache = cache.index_select(2, left)
+        return [row[a:b] for row, a, b in zip(tokens.tolist(), lens.tolist(), stops.tolist())]
 
     @classmethod
     def load(cls, path: Path, dropout: float = 0.0) -> "GPT":
@@ -231,10 +247,12 @@ class GPT(nn.Module):
 def head_weight(w):
     """W (V, C) for the head's products: under autocast in autocast's dtype, less the mean of its
     rows. All logits of a position then move by one constant, which no softmax sees. GPT-2's lie
-    near -35 to -110, where bf16 has no step finer than 0.25."""
-    if not torch.is_autocast_enabled(w.device.type):
-        return w
-    return (w - w.mean(0)).to(torch.get_autocast_dtype(w.device.type))
+    near -35 to -110, where bf16 has no step finer than 0.25. On a GPU it has more rows, of zeros:
+    its products are slow unless each row of logits starts at a multiple of 16 bytes."""
+    if torch.is_autocast_enabled(w.device.type):
+        w = (w - w.mean(0)).to(torch.get_autocast_dtype(w.device.type))
+    extra = -len(w) % HEAD_MULTIPLE[w.device.type]
+    return F.pad(w, (0, 0, 0, extra)) if extra else w
 
 
 def project(h, w):
@@ -246,6 +264,7 @@ def project(h, w):
     return F.linear(h, w)
 
 
+HEAD_MULTIPLE = {"cpu": 1, "cuda": 64}  # the head's rows are padded to a multiple of this
 LOGITS_BUDGET = {"cpu": 2**31, "cuda": 2**33}  # bytes of logits kept for the backward pass
 BLOCK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of logits made at once; a CPU is slower with more
 
@@ -258,20 +277,17 @@ class HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, targets, needs_grad):
-        w = head_weight(w)
+    def forward(ctx, h, w, targets, needs_grad, score_block=GPT.score_block):
+        ctx.V, w = len(w), head_weight(w)
         h, full = h.to(w.dtype), torch.promote_types(w.dtype, torch.float32)
         logps = torch.empty(len(h), dtype=full, device=h.device)
         slopes = h.new_empty(len(h) if needs_grad else 0, len(w))
         block = max(1, BLOCK_BYTES[h.device.type] // (4 * len(w)))
         for i in range(0, len(h), block):
             part = slice(i, i + block)
-            logits, target = project(h[part], w), targets[part, None]
-            logp = logits.log_softmax(-1, dtype=full).gather(-1, target)
-            logps[part] = logp[:, 0]
-            if needs_grad:
-                torch.softmax(logits, -1, out=slopes[part])
-                slopes[part].scatter_(-1, target, logp.expm1().to(h.dtype))  # p - 1
+            logits = project(h[part], w)
+            logits[:, ctx.V :] = -torch.inf  # no token: its p is 0
+            logps[part] = score_block(logits, targets[part], slopes[part])
         ctx.save_for_backward(h, w, slopes)
         return logps
 
@@ -279,7 +295,7 @@ class HeadLogps(torch.autograd.Function):
     def backward(ctx, grad):
         h, w, slopes = ctx.saved_tensors
         scale = -grad[:, None].to(h.dtype)
-        return (slopes @ w) * scale, slopes.t() @ (h * scale), None, None
+        return (slopes @ w) * scale, (slopes.t() @ (h * scale))[: ctx.V], None, None, None
 
 
 def pad_rows(prompts, completions, fill=0):

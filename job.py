@@ -3,6 +3,7 @@
 P prompts, K completions per prompt.
 """
 
+import copy
 import functools
 import hashlib
 import platform
@@ -18,6 +19,7 @@ import data_imdb
 from evaluate import evaluate
 from gpt import GPT
 from reward import ModelReward, RewardModel, SiebertReward, ToyReward
+from support import ranks
 from support.hf_gpt2 import GPT2_SIZES
 from support.preference_files import read_preferences
 from support.runs import Run, UserError, load_tensors, read_json
@@ -57,6 +59,11 @@ class Job:
             raise UserError("--device cuda was asked for, and torch finds no CUDA device: leave "
                             "the flag out, or install a CUDA build of torch")
         name = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
+        if name == "cuda" and ranks.WORLD > 1:
+            if ranks.LOCAL_RANK >= torch.cuda.device_count():
+                raise UserError("torchrun started more processes than there are GPUs: give "
+                                f"--nproc_per_node {torch.cuda.device_count()}")
+            torch.cuda.set_device(ranks.LOCAL_RANK)
         half = "bf16" if name == "cuda" and torch.cuda.is_bf16_supported(False) else "fp16"
         self.auto = half if name == "cuda" else "fp32"
         self.cfg = replace(cfg, precision=self.auto) if cfg.precision == "auto" else cfg
@@ -66,9 +73,10 @@ class Job:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
 
     def beside(self, cfg: Settings) -> "Job":
-        """Other settings on the same data and the same finished parents."""
-        other = Job(self.preset, cfg, self.command)
-        other.hashes, other.data = self.hashes, self.data
+        """This job with other settings of the stages after `groups`. Both share what is loaded:
+        data, preferences, r* and the hashes of finished parents."""
+        other = copy.copy(self)
+        other.cfg = cfg
         return other
 
     def autocast(self):
@@ -85,8 +93,9 @@ class Job:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else \
             f"{platform.processor() or platform.machine()} CPU"
         return dict(stage=stage, command=self.command, preset=self.preset, device=device,
-                    threads=torch.get_num_threads(), torch=torch.__version__,
-                    python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
+                    threads=torch.get_num_threads(), processes=ranks.WORLD,
+                    torch=torch.__version__, python=platform.python_version(),
+                    started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def read_given(self, stages: set[str]) -> None:
         """Read what a user gave to these stages, so that its faults are named at once."""
@@ -177,10 +186,19 @@ class Job:
 
     # -------------------------------------------------------------------------- sampling
 
-    def batch_size(self) -> int:
-        """Sequences sampled at once: a KV cache of their length must fit the memory."""
+    def memory(self) -> int:
+        """Bytes: all of the GPU's; on a CPU, which has other work too, 5 GiB."""
+        return 5 * 2**30 if self.device.type == "cpu" else \
+            torch.cuda.get_device_properties(self.device).total_memory
+
+    def batch_size(self, model: GPT) -> int:
+        """Sequences sampled at once: their keys and values fill a tenth of the memory at most. More
+        than 1,000 are no faster on a CPU."""
         length = self.cfg.n_ctx if self.cfg.groups else 9 + self.cfg.max_new_tokens
-        return max(1, (80_000 if self.device.type == "cpu" else 2**16) // length)
+        numbers = 2 * model.config.n_layer * model.config.n_embd * length  # per sequence
+        size = 2 if self.cfg.precision in HALF else 4  # bytes per number
+        most = 1_000 if self.device.type == "cpu" else 10**9
+        return max(1, min(most, self.memory() // (10 * size * numbers)))
 
     def sample(self, model: GPT, prompts, seed: int, temperature: float = 1.0) -> list[list[int]]:
         """One completion per prompt. On a CPU parts of the batch run in threads of their own: small
@@ -197,11 +215,12 @@ class Job:
             try:
                 with ThreadPoolExecutor(workers, "sample", torch.set_num_threads,
                                         (threads // workers,)) as pool:
-                    return list(pool.map(autocast, parts))
+                    return ranks.together([*pool.map(autocast, ranks.share(parts))])
             finally:
                 torch.set_num_threads(threads)  # the pool has set it for every thread
 
-        batch_size = min(self.batch_size() // workers, -(-len(prompts) // workers))
+        batch_size = min(self.batch_size(model) // workers,
+                         -(-len(prompts) // (workers * ranks.WORLD)))
         return model.sample(prompts, self.cfg.max_new_tokens, self.data.eot, seed, temperature,
                             batch_size=max(1, batch_size), parallel=parallel)
 
@@ -214,7 +233,7 @@ class Job:
             point = evaluate(
                 policy, reference, prompts, reward,
                 lambda model, prompts, temperature: self.sample(model, prompts, seed, temperature),
-                self.data.eot, temperature, max(1, self.batch_size() // 8))
+                self.data.eot, temperature, max(1, self.batch_size(policy) // 8))
         return point | dict(seconds=round(time.perf_counter() - began, 2))
 
     def save_policy(self, run: Run, model: GPT) -> None:

@@ -155,14 +155,17 @@ def label_batch(rows, labels) -> dict:
     return dict(idx=idx, lengths=lengths, labels=torch.tensor(labels, dtype=torch.float32))
 
 
-def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng):
-    """One step's two micro-batches of idx (B, T), lengths (B,), labels (B,): `batch` whole reviews,
-    and as many crops of 8 to `max_crop` tokens, so that short completions are judged well too."""
+def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng, parts: int = 1):
+    """One step's micro-batches of idx (B, T), lengths (B,), labels (B,): `batch` whole reviews, and
+    as many crops of 8 to `max_crop` tokens, so that short completions are judged well too; each in
+    `parts`."""
     high = min(max_crop, n_ctx - 1) + 1
     pick = rng.integers(0, len(tokens), 2 * batch)
     whole = [truncate(tokens[i], n_ctx) for i in pick[:batch]]
     crops = [crop(tokens[i], int(rng.integers(8, high)), rng) for i in pick[batch:]]
-    return [label_batch(whole, labels[pick[:batch]]), label_batch(crops, labels[pick[batch:]])]
+    rows, labels = whole + crops, labels[pick]
+    return [label_batch([rows[i] for i in part], labels[part])
+            for part in np.array_split(range(2 * batch), 2 * parts)]
 
 
 def label_loss(model, micro_batch):

@@ -37,7 +37,7 @@ from evaluate import held_out_measures, jackknife_optimum, pairwise_accuracy, re
 from gpt import GPT, GPTConfig, length_buckets, pad_rows
 from job import Job, matmul_rate, seed_of
 from reward import RewardModel, label_accuracy, label_batches, label_loss
-from support import student
+from support import ranks, student
 from support.settings import (OTHER_LOSSES, SETTINGS_OF, Settings, parse, settings_of, stage_of,
                               user_files)
 
@@ -67,7 +67,7 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
     start = saved = run.load_checkpoint(parts, steps)
     saved_at, every = time.monotonic(), evaluate_every or -(-steps // 4)
     bar = tqdm(range(start, steps), run.folder.name, initial=start, total=steps,
-               disable=not sys.stderr.isatty(), dynamic_ncols=True)
+               disable=ranks.RANK > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
     for i in bar:
         began = time.perf_counter()
         row = step(i)
@@ -86,6 +86,7 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
         if last or time.monotonic() - saved_at >= job.cfg.save_secs:
             run.checkpoint(dict(step=i + 1) | state(i))
             saved, saved_at = i + 1, time.monotonic()
+    ranks.wait()  # for the files that rank 0 has written
     return found or evaluation and evaluation()  # killed after the last step: evaluate again
 
 
@@ -123,32 +124,47 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
     opt = make_optimizer(model, optimizer, lr, weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     body = getattr(model, "body", model)
-    compiled = torch.compile(body.hidden, dynamic=True) if cfg.compile else None
+    compiled = {name: torch.compile(getattr(body, name), dynamic=True)
+                for name in ("hidden", "score_block") if cfg.compile}
     flops = 6 * sum(p.numel() for p in model.parameters())  # per token, matrices alone
-    peak = matmul_rate(device, cfg.precision)
+    peak, ready = matmul_rate(device, cfg.precision), {}
+
+    def prepare(i: int) -> tuple[list[tuple[int, dict]], int, int]:
+        """This rank's micro-batches of step i on the device, each with its number; of the whole
+        step the numbers of terms and of tokens."""
+        micro_batches, n = batches(i)
+        if len(micro_batches) < ranks.WORLD:
+            raise UserError(f"a step of {len(micro_batches)} micro-batches for {ranks.WORLD} "
+                            "processes: start fewer of them")
+        tokens = sum(int(m["lengths"].sum()) for m in micro_batches)
+        mine = ranks.share([*enumerate(micro_batches)])
+        return [(k, to_device(m, device)) for k, m in mine], n, tokens
 
     def step(i: int) -> dict:
         began = time.perf_counter()
+        micro_batches, n, tokens = ready.pop(i, None) or prepare(i)
         model.train()
         rate = learning_rate(i, steps, lr, warmup, schedule)
         for group in opt.param_groups:
             group["lr"] = rate
-        torch.manual_seed(seed_of(cfg, run.about["stage"], i))  # dropout
-        if compiled:
-            body.hidden = compiled
-        micro_batches, n = batches(i)
-        total, logs = 0.0, {}
-        for micro_batch in micro_batches:  # gradient accumulation
+        vars(body).update(compiled)
+        total, logs = 0.0, []
+        for k, micro_batch in micro_batches:  # gradient accumulation
+            torch.manual_seed(seed_of(cfg, run.about["stage"], i) + k)  # dropout
             with job.autocast():
-                loss, log = loss_fn(model, to_device(micro_batch, device))
+                loss, log = loss_fn(model, micro_batch)
             scaler.scale(loss / n).backward()
             total = total + loss.detach() / n
-            for key, value in log.items():
-                logs.setdefault(key, []).append(value)
+            logs.append(log)
+        for name in compiled:
+            delattr(body, name)  # sampling is one token at a time, and would compile again
+        if i + 1 < steps:
+            ready[i + 1] = prepare(i + 1)  # while the GPU works
+        ranks.add_up([total, *(p.grad for p in model.parameters())])
         scaler.unscale_(opt)  # clip the gradient itself, not its scaled copy
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        values = summary(logs) | dict(loss=total, grad_norm=norm)
-        row = dict(zip(values, torch.stack([v.to(norm) for v in values.values()]).tolist()))
+        *logs, ends = to_arrays([*logs, dict(loss=total, grad_norm=norm)])
+        row = {k: float(v) for k, v in (summary(ranks.together(logs)) | summary([ends])).items()}
         if scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
             row["grad_norm"] = None  # fp16: the scaler skips this step, and scales the next less
         if i == 0 and check and math.isfinite(row["loss"]):
@@ -156,12 +172,9 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
-        if compiled:
-            del body.hidden  # sampling is one token at a time, and would compile again
         seconds = time.perf_counter() - began
-        per_s = sum(int(m["lengths"].sum()) for m in micro_batches) / seconds
-        return row | {"lr": rate, "tokens_per_s": per_s, f"{unit}_per_s": n / seconds,
-                      "mfu": flops * per_s / peak}
+        return row | {"lr": rate, "tokens_per_s": tokens / seconds, f"{unit}_per_s": n / seconds,
+                      "mfu": flops * tokens / seconds / (peak * ranks.WORLD)}
 
     found = resumable(job, run, dict(model=model, optimizer=opt, scaler=scaler), steps, step,
                       evaluation and (lambda: evaluation(model)), evaluate_every)
@@ -186,15 +199,27 @@ def make_optimizer(model, name: str, lr: float, weight_decay: float) -> torch.op
 
 
 def to_device(micro_batch: dict, device: torch.device) -> dict:
-    return {k: torch.as_tensor(v).to(device, non_blocking=True) for k, v in micro_batch.items()}
+    """As tensors there. A GPU copies from pinned memory while the CPU goes on."""
+    tensors = {name: torch.as_tensor(x) for name, x in micro_batch.items()}
+    if device.type == "cuda":
+        tensors = {name: x.pin_memory() for name, x in tensors.items()}
+    return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
 
 
-def summary(logs: dict) -> dict:
-    """Means over the step's terms, and the quantiles of the importance weight."""
-    logs = {k: torch.cat(v).float() for k, v in logs.items()}
-    out = {k: v.mean() for k, v in logs.items()}
-    if "weight" in logs:
-        out |= {f"weight_{p}": logs["weight"].quantile(p / 100) for p in (5, 25, 50, 75, 95)}
+def to_arrays(logs: list[dict]) -> list[dict]:
+    """The same tensors as arrays, for which a CPU waits for its GPU once."""
+    tensors = [x.float().flatten() for log in logs for x in log.values()]
+    ends = np.cumsum([len(x) for x in tensors])
+    parts = iter(np.split(torch.cat(tensors).cpu().numpy(), ends))
+    return [{name: next(parts) for name in log} for log in logs]
+
+
+def summary(logs: list[dict]) -> dict[str, float]:
+    """Means over the step's terms, of all micro-batches, and the weight's quantiles."""
+    values = {name: np.concatenate([log[name] for log in logs]) for name in logs[0]}
+    out = {name: x.mean() for name, x in values.items()}
+    if "weight" in values:
+        out |= {f"weight_{p}": np.percentile(values["weight"], p) for p in (5, 25, 50, 75, 95)}
     return out
 
 
@@ -230,7 +255,7 @@ def sft(job: Job, run: Run) -> None:
     model = job.pretrained(cfg.init, cfg.dropout) if cfg.init else GPT(GPTConfig(
         data.enc.n_vocab, cfg.n_ctx, cfg.n_layer, cfg.n_head, cfg.n_embd,
         cfg.dropout)).to(job.device)
-    batches = data_imdb.lm_batches(tokens, cfg.n_ctx, cfg.sft_batch, cfg.sft_accum,
+    batches = data_imdb.lm_batches(tokens, cfg.n_ctx, cfg.sft_batch, cfg.sft_accum * ranks.WORLD,
                                    seed_of(cfg, "sft", "batches"))
     fit(job, run, model, batches, lm_loss, steps=cfg.sft_steps, lr=cfg.sft_lr,
         warmup=cfg.sft_warmup, weight_decay=cfg.sft_decay,
@@ -253,7 +278,7 @@ def chosen(job: Job, run: Run) -> None:
 
     def batches(step: int):
         picks, micro_batches, n = order[step * cfg.sft_batch :][: cfg.sft_batch], [], 0
-        for part in np.array_split(picks, min(cfg.sft_accum, len(picks))):
+        for part in np.array_split(picks, min(cfg.sft_accum * ranks.WORLD, len(picks))):
             idx, prompt_lens, lengths = pad_rows([groups.prompt_ids[i] for i in part],
                                                  [groups.completion_ids[i][best[i]] for i in part])
             mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
@@ -278,7 +303,8 @@ def reward(job: Job, run: Run) -> None:
     def batches(step: int):
         rng = np.random.default_rng(seed_of(cfg, "reward", step))
         return label_batches(data.tokens["train"], labels["train"], cfg.reward_batch,
-                             cfg.reward_ctx, cfg.max_new_tokens + 8, rng), 2 * cfg.reward_batch
+                             cfg.reward_ctx, cfg.max_new_tokens + 8, rng,
+                             ranks.WORLD), 2 * cfg.reward_batch
 
     fit(job, run, model, batches, label_loss, steps=cfg.reward_steps, lr=cfg.reward_lr,
         warmup=cfg.reward_steps // 20, weight_decay=cfg.sft_decay)
@@ -337,7 +363,7 @@ def score(job: Job, model: GPT, prompts, completions) -> torch.Tensor:
     """log π(y|x) of each completion, (N,) on the CPU, by the same path as in training."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
     out = torch.empty(len(prompts))
-    for part in length_buckets(lengths, max(1, job.batch_size() // 8)):
+    for part in length_buckets(lengths, max(1, job.batch_size(model) // 8)):
         padded = pad_rows([prompts[i] for i in part], [completions[i] for i in part])
         with job.autocast():
             out[part] = sequence_logps(model, *(x.to(job.device) for x in padded)).cpu()
@@ -412,7 +438,7 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
     def batches(step: int) -> tuple[list[dict], int]:
         picks = np.array([epoch(i // len(train))[i % len(train)]
                           for i in range(step * cfg.dpo_batch, (step + 1) * cfg.dpo_batch)])
-        parts = np.array_split(picks, min(cfg.dpo_accum, len(picks)))
+        parts = np.array_split(picks, min(cfg.dpo_accum * ranks.WORLD, len(picks)))
         micro_batches = [micro_batch(part) for part in parts]
         pairs = sum(len(m["yw_idxs"]) for m in micro_batches)
         return micro_batches, len(picks) if cfg.loss == "plackett-luce" else pairs
@@ -458,8 +484,10 @@ def preference_loss(cfg: Settings):
 
 def starts_at_reference(cfg: Settings, K: int):
     """check for `fit`: at step 0 π_θ = π_ref, so every margin is 0 and the loss is known."""
-    # the same log-prob, computed in batches of different shapes, differs by this much at most
-    tolerance = max(1e-5, cfg.beta * (0.005 if cfg.precision == "fp32" else 0.2))
+    # nats by which a log-prob differs where it is computed in batches of other shapes, or in half
+    # precision by compiled code, which rounds less often
+    nats = 0.005 if cfg.precision == "fp32" else 0.5 if cfg.compile else 0.2
+    tolerance = max(1e-5, cfg.beta * nats)
 
     def check(row: dict) -> None:
         off = row["margin_abs"]
@@ -496,10 +524,12 @@ def dpo_stage(job: Job, run: Run) -> None:
     """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
     policy, some = job.load_reference(), np.array(held[:HELD_OUT])
+    # no training step needs π_ref: where there is no room for it, each evaluation reads it again
+    size = 4 * sum(p.numel() for p in policy.parameters())
+    kept = job.load_reference() if 20 * size < job.memory() else None
 
     def evaluation(policy) -> dict:
-        # π_ref is read again for its KL and then dropped: no training step needs it
-        point = evaluate_policy(job, policy, job.load_reference())
+        point = evaluate_policy(job, policy, kept or job.load_reference())
         logps = score(job, policy, *groups.flat(some))
         return point | held_out_measures(logps, ref_logps[some].flatten(),
                                          torch.from_numpy(groups.rewards[some]))
@@ -575,6 +605,7 @@ STAGES = {
 for name in ("dpo", *OTHER_LOSSES):
     STAGES[name] = Stage(dpo_stage, lambda cfg: ["groups", *parents_of_groups(cfg)],
                          report=functools.partial(report, stage=name))
+PARALLEL = *STAGES, "rm", "best-of-n"  # the stages that torchrun may start
 
 
 def is_made(job: Job, stage: str) -> bool:
@@ -626,18 +657,25 @@ def unfinished(job: Job, stage: str) -> set[str]:
 def main(argv=None) -> None:
     began = time.perf_counter()
     stage, preset, reason, cfg = parse(argv, torch.cuda.is_available())
+    if ranks.WORLD > 1 and stage not in PARALLEL:
+        raise UserError(f"--stage {stage} is one process (a frontier takes all GPUs by itself): "
+                        "start it without torchrun")
+    job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
+    ranks.start(job.device.type == "cuda")
     print(f"preset {preset} ({reason}); stage {stage}", flush=True)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
     student.load_weight(cfg.weight, dpo.WEIGHTS)  # what a user gave is read before hours of work
     if cfg.dpo_module:
         student.own_functions(dpo, cfg.dpo_module)
-    job.read_given(unfinished(job, stage))
+    with ranks.rank_0_first():
+        job.read_given(unfinished(job, stage))
+        job.data
     build(job, stage)
     if STAGES[stage].report:
         STAGES[stage].report(job)
     print(f"{time.perf_counter() - began:.0f} s in all")
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from evaluate import pairwise_accuracy, rank_correlation, write_samples
 from gpt import pad_rows
 from job import Job, seed_of
 from reward import ModelReward, RewardModel
+from support import ranks
 from support.runs import Run, load_tensors, read_json, save_json, save_tensors
 from support.settings import Settings
 from train import STAGES, Stage, fit, needs, parents_of_groups, sample_all
@@ -64,9 +65,12 @@ def pair_batches(job: Job, steps: int):
     def batches(step: int):
         rng = np.random.default_rng(seed_of(cfg, "rm", step // steps))
         picks = rng.permutation(job.split[0])[step % steps * cfg.rm_batch :][: cfg.rm_batch]
-        idx, _, lengths = pad_rows(*groups.flat(picks))
-        yw_idxs, yl_idxs, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards[picks]))
-        return [dict(idx=idx, lengths=lengths, yw_idxs=yw_idxs, yl_idxs=yl_idxs)], len(yw_idxs)
+        micro_batches = []
+        for part in np.array_split(picks, min(ranks.WORLD, len(picks))):
+            idx, _, lengths = pad_rows(*groups.flat(part))
+            yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards[part]))
+            micro_batches.append(dict(idx=idx, lengths=lengths, yw_idxs=yw, yl_idxs=yl))
+        return micro_batches, sum(len(m["yw_idxs"]) for m in micro_batches)
 
     return batches
 

@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from support import ranks
+
 
 class UserError(Exception):
     """What the user can put right, in one sentence: what was got, what was wanted, what to run."""
@@ -30,7 +32,8 @@ STOPPED = "\nstopped: run the same command again to go on"
 
 def main_exit(main: Callable[[], int | None]) -> int:
     """The exit code of main(): 2 after a UserError, printed as one line; 130 after Ctrl-C; 1 where
-    nobody reads stdout any more, as after `| head`. Bugs keep a traceback."""
+    nobody reads stdout any more, as after `| head`. Bugs keep a traceback. Of several ranks the
+    first that fails says why."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before Python started
             setattr(sys, name, open(os.devnull, "w"))
@@ -40,15 +43,19 @@ def main_exit(main: Callable[[], int | None]) -> int:
         code = main() or 0
         sys.stdout.flush()  # here a broken pipe is noticed at the latest
         return code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # Python flushes it once more at its end
         return 1
+    except BaseException as error:
+        if not ranks.first_to_fail():
+            os._exit(1)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if isinstance(error, KeyboardInterrupt):
+            print(STOPPED, file=sys.stderr)
+            return 130
+        raise
 
 
 def interrupted(kind: type, error: BaseException, trace: Any) -> None:
@@ -146,8 +153,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """Calls write(file) so that path holds all of the new bytes or, at any kill, all of the old.
 
-    UserError when the system refuses; the old file is then intact.
+    UserError when the system refuses; the old file is then intact. Of several ranks the first
+    writes.
     """
+    if ranks.RANK:
+        return
     path = Path(path)
     # In the same folder: a rename is atomic only inside one filesystem. Not mkstemp, whose files
     # only their owner may read.
@@ -247,7 +257,11 @@ def load_tensors(path: Path | str, remedy: str = RESTORE) -> Any:
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Makes the folder and holds its lock of this name. UserError where another process does."""
+    """Makes the folder and holds its lock of this name: rank 0 does, for all ranks. UserError where
+    another process holds it."""
+    if ranks.RANK:
+        yield
+        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "ab")
@@ -330,7 +344,7 @@ class Run:
         reached no checkpoint."""
         with ExitStack() as stack:
             stack.enter_context(lock(self.folder, ".lock"))
-            if not self._mine():
+            if not self._mine() and not ranks.RANK:
                 with writing(self.folder):
                     for name in ("metrics.jsonl", "best.pt"):
                         self.path(name).unlink(missing_ok=True)
@@ -373,6 +387,8 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl. row["step"]: the step that it belongs to."""
+        if ranks.RANK:
+            return
         line, path = json.dumps(row) + "\n", self.path("metrics.jsonl")
         with writing(path), open(path, "ab") as file:
             file.write(line.encode())
@@ -383,7 +399,8 @@ class Run:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces resume.pt. state is all that going on needs; state["step"], the next step."""
-        self._save("resume.pt", tensor_bytes(state))
+        if not ranks.RANK:
+            self._save("resume.pt", tensor_bytes(state))
 
     def finish(self, obj: Any) -> None:
         """Writes `final`, which marks the run finished, and only then removes resume.pt.
@@ -391,6 +408,13 @@ class Run:
         obj: a state for save_tensors, or the bytes of another format. config.json notes before it
         the hashes of what the run has made, so that no later stage reads a file that has changed.
         """
+        if not ranks.RANK:
+            self._finish(obj)
+        ranks.wait()
+        if ranks.RANK:
+            self._mine()  # reads the hashes
+
+    def _finish(self, obj: Any) -> None:
         content = obj if isinstance(obj, bytes) else tensor_bytes(obj)
         self.files = {path.name: file_hash(path) for path in sorted(self.folder.iterdir())
                       if path.suffix in (".json", ".jsonl", ".tiktoken")

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from support import ranks
 from support.hf_gpt2 import GPT2_SIZES
 from support.runs import UserError, file_hash, json_hash, reading
 
@@ -126,7 +127,7 @@ class Settings:
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
     # ---- run
-    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, four on a GPU",
+    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, four per GPU",
                     high=1_000)
     device: str = opt("run", "auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     threads: int = opt("run", 0, "CPU threads; 0: torch's choice", high=1_000)
@@ -284,6 +285,7 @@ def check(cfg: Settings) -> None:
     """UserError for a value out of range, and for settings that exclude each other."""
     for f in fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        low = max(low, ranks.WORLD * f.name.endswith("_batch"))  # each process has a share
         flag = f"--{f.name.replace('_', '-')} is {value!r}"
         if f.type in (int, float) and not low <= value <= high:
             raise UserError(f"{flag}; it must be from {low} to {high}")

@@ -18,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 import pytest
 import torch
 import torch._dynamo  # an optimizer's first use imports it, 2 s in each forked child
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import experiments.__main__  # noqa: F401  adds the other stages
 import gpt
@@ -92,6 +94,48 @@ def in_child(work) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
+# ------------------------------------------------------------------------------ a GPU's waits
+
+class Functions(TorchFunctionMode):
+    """Counts methods that read a tensor on the CPU: on a CPU they reach no dispatcher."""
+
+    def __init__(self, found: list):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        name = getattr(f, "__name__", "")
+        self.found += [name] * (name in ("tolist", "cpu"))
+        return f(*args, **kwargs or {})
+
+
+class Waits(TorchDispatchMode):
+    """`with Waits() as found:` lists what would make the CPU wait for a GPU, if these tensors were
+    there: a number or an array that is read, or a shape that depends on data."""
+
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward",
+             "_unique2"}
+
+    def __enter__(self) -> list:
+        super().__enter__()
+        self.found = []
+        self.functions = Functions(self.found)
+        self.functions.__enter__()
+        return self.found
+
+    def __exit__(self, *error):
+        self.functions.__exit__(*error)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f._schema.name.removeprefix("aten::")
+        by_mask = name.removeprefix("_").startswith("index") and "select" not in name and \
+            isinstance(args[1], (list, tuple)) and \
+            any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.found += [name] * (name in self.NAMES or by_mask)
+        return f(*args, **kwargs or {})
+
+
 # ------------------------------------------------------------------------------ stopped runs
 
 
@@ -100,43 +144,44 @@ SENTENCE = "stopped: run the same command again to go on"
 CLOCK = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_s", "mfu")
 
 
-def stopped(argv, by, kind, name="", n=1) -> str:
-    """Run train.py in a child that sends itself a signal: halfway through the n-th line that it
-    logs, at the n-th token that it samples, halfway through the n-th write of a file ("torn"), or
-    right after that file is in place. Returns what it printed."""
+def die(by, kind, name="", n=1) -> None:
+    """This process, a child, sends itself a signal: halfway through the n-th line that it logs, at
+    the n-th token that it samples, halfway through the n-th write of a file ("torn"), or right
+    after that file is in place."""
     calls = itertools.count(1)
 
     def due(now, path=""):
         return now == kind and Path(path).name == name and next(calls) == n
 
-    def work():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-        log, draw, rename = Run.log, gpt.sample_inverse_cdf, os.replace
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    log, draw, rename = Run.log, gpt.sample_inverse_cdf, os.replace
 
-        def dying_log(run, row):
-            if due("log"):
-                with open(run.path("metrics.jsonl"), "a") as file:
-                    file.write(json.dumps(row)[:40])
-                os.kill(os.getpid(), by)
-            log(run, row)
+    def dying_log(run, row):
+        if due("log"):
+            with open(run.path("metrics.jsonl"), "a") as file:
+                file.write(json.dumps(row)[:40])
+            os.kill(os.getpid(), by)
+        log(run, row)
 
-        def dying_draw(*args):
-            if due("sample"):
-                os.kill(os.getpid(), by)
-            return draw(*args)
+    def dying_draw(*args):
+        if due("sample"):
+            os.kill(os.getpid(), by)
+        return draw(*args)
 
-        def dying_rename(source, path):
-            if due("torn", path):
-                os.truncate(source, os.path.getsize(source) // 2)
-                os.kill(os.getpid(), by)
-            rename(source, path)
-            if due("after", path):
-                os.kill(os.getpid(), by)
+    def dying_rename(source, path):
+        if due("torn", path):
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), by)
+        rename(source, path)
+        if due("after", path):
+            os.kill(os.getpid(), by)
 
-        Run.log, gpt.sample_inverse_cdf, os.replace = dying_log, dying_draw, dying_rename
-        return train_py(argv)
+    Run.log, gpt.sample_inverse_cdf, os.replace = dying_log, dying_draw, dying_rename
 
-    code, text = in_child(work)
+
+def stopped(argv, by, kind, name="", n=1) -> str:
+    """What train.py prints in a child that dies so."""
+    code, text = in_child(lambda: (die(by, kind, name, n), train_py(argv))[1])
     assert code == (-KILL if by == KILL else 130), f"{kind} {name} {n} ended with {code}: {text}"
     return text
 

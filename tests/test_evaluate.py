@@ -164,7 +164,7 @@ def test_the_decision_to_end_counts(pair):
 def test_the_blocks_of_the_head_change_nothing(pair, monkeypatch):
     ys = [y[0] for y in enumerated(*pair, [0])]
     whole = scored(*pair, [0], ys)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 7 * 4 * V)  # seven tokens at a time
+    monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 7 * 4 * V)  # seven tokens at a time
     torch.testing.assert_close(scored(*pair, [0], ys), whole, rtol=0, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Waits
 
 import data_imdb
 import gpt
@@ -228,6 +229,34 @@ def test_gradient_at_a_token_that_is_nearly_certain():
     assert h.grad.item() == pytest.approx(1 / (1 + math.exp(8)), rel=0.01)
 
 
+def test_token_logps_and_their_gradient_wait_once_for_a_gpu():
+    model, idx = tiny(dtype=torch.float32), ids(4, 9)
+    with Waits() as found:
+        model.token_logps(idx, all_but_first(idx)).sum().backward()
+    assert found == ["nonzero"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_padding_the_head_changes_neither_log_probs_nor_gradients_nor_samples(
+        monkeypatch, autocast):
+    """61 tokens and three rows of zeros, as on a GPU."""
+    model, idx = tiny(dtype=torch.float32), ids(4, 9)
+
+    def everything():
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            logits = model(idx)
+            logps = model.token_logps(idx, all_but_first(idx))
+            samples = model.sample(idx[:, :3].tolist(), 12, -1, 0)
+        return logits, logps, *torch.autograd.grad(logps.sum(), list(model.parameters())), samples
+
+    *plain, samples = everything()
+    monkeypatch.setitem(gpt.HEAD_MULTIPLE, "cpu", 64)
+    *padded, as_many = everything()
+    for a, b in zip(plain, padded, strict=True):
+        assert largest(a, b) <= (1e-2 if autocast else 1e-5) * largest(a, 0)
+    assert samples == as_many
+
+
 def test_no_token_to_score():
     model, idx = tiny(), ids(2, 5)
     logps = model.token_logps(idx, torch.zeros(2, 5, dtype=torch.bool))
@@ -409,6 +438,21 @@ def test_sample_ends_at_max_new_tokens_and_at_the_context():
         assert [len(r) for r in model.sample([[1] * size] * 2, most, -1, 0)] == [length] * 2
     assert list(map(len, model.sample([[1] * 20, [1]], 10, -1, 0))) == [4, 10], "side by side"
     assert model.sample([], 10, 0, 0) == []
+
+
+def test_sampling_waits_for_a_gpu_once_in_four_tokens():
+    """Rows end at different steps, so that some are dropped on the way."""
+    model = tiny(dtype=torch.float32)
+
+    def waits(tokens, eos):
+        with Waits() as found:
+            samples = model.sample([[1, 2]] * 64, tokens, eos, 0)
+        return len(found), len(set(map(len, samples)))
+
+    assert waits(20, -1)[0] - waits(12, -1)[0] == 2
+    dropping, lengths = waits(20, 3)
+    assert lengths > 5 and dropping <= waits(20, -1)[0]
+    assert waits(20, -1)[0] <= 20 / 4 + 5, "the lengths before, and the result"
 
 
 def test_common_random_numbers():

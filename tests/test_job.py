@@ -73,10 +73,11 @@ def test_a_folder_shows_the_settings_of_its_stage_that_differ_from_the_preset():
     assert half.folder("sft").name == "sft-bf16-sft_lr0.01"
 
 
-def test_a_job_beside_has_other_settings_on_the_same_data_and_parents(job):
-    job.hashes["a folder"] = "its hash"
+def test_a_job_beside_has_other_settings_and_shares_what_is_loaded(job):
+    shared = "data", "reward", "groups", "split", "ref_logps", "reference_eval", "hashes"
+    loaded = [getattr(job, name) for name in shared]
     other = job.beside(replace(job.cfg, beta=9.0))
-    assert other.data is job.data and other.hashes is job.hashes
+    assert all(getattr(other, name) is x for name, x in zip(shared, loaded))
     assert other.cfg.beta == 9.0 != job.cfg.beta
     assert other.folder("sft") == job.folder("sft") and other.folder("dpo") != job.folder("dpo")
 
@@ -153,8 +154,8 @@ def test_samples_depend_on_neither_threads_nor_batches(three_threads):
     assert len(whole) == 13 and all(1 <= len(y) <= 20 for y in whole)
     torch.set_num_threads(1)
     assert sampler().sample(model(), PROMPTS, seed=1) == whole, "of one thread"
-    few = sampler(max_new_tokens=20, groups="pairs.jsonl", n_ctx=30_000)
-    assert few.batch_size() == 2 and few.sample(model(), PROMPTS, seed=1) == whole
+    few = sampler(max_new_tokens=20, groups="pairs.jsonl", n_ctx=2_000_000)
+    assert few.batch_size(model()) == 2 and few.sample(model(), PROMPTS, seed=1) == whole
     assert sampler().sample(model(), PROMPTS[:4], seed=1) == whole[:4], "in other company"
     assert sampler().sample(model(), PROMPTS, seed=2) != whole
     cold = sampler().sample(model(), PROMPTS, seed=1, temperature=0.5)
@@ -180,20 +181,31 @@ def test_torch_has_as_many_threads_after_sampling_as_before(three_threads, threa
 
 
 def test_a_cache_of_a_batch_has_bounded_memory():
-    for max_new, n_ctx, groups in (20, 256, ""), (64, 256, ""), (20, 1024, "pairs.jsonl"):
-        n = sampler(max_new_tokens=max_new, n_ctx=n_ctx, groups=groups).batch_size()
+    for max_new, n_ctx, groups in (9_000, 256, ""), (64, 256, ""), (20, 10_240, "pairs.jsonl"):
+        job = sampler(max_new_tokens=max_new, n_ctx=n_ctx, groups=groups)
         length = n_ctx if groups else 9 + max_new  # a preference file's prompts may be long
-        assert n * length <= 80_000 < (n + 1) * length
-    assert sampler(max_new_tokens=10**6).batch_size() == 1
+        n, row = job.batch_size(model()), 2 * 16 * 4 * length  # keys and values of 16 channels
+        assert n == 1_000 or n * row <= job.memory() / 10 < (n + 1) * row
+    assert sampler(max_new_tokens=20).batch_size(model()) == 1_000
+    assert sampler(max_new_tokens=10**8).batch_size(model()) == 1
+
+
+def test_a_larger_model_is_sampled_in_smaller_batches():
+    one, three = model(), GPT(GPTConfig(V, 32, 3, 2, 16))
+    whole, half = (sampler(max_new_tokens=9_000, precision=p) for p in ("fp32", "bf16"))
+    assert whole.batch_size(three) == whole.batch_size(one) // 3
+    assert half.batch_size(one) // 2 == whole.batch_size(one), "two bytes per number"
 
 
 def test_threads_share_the_memory_and_the_prompts(three_threads):
     class Recorder:
+        config = model().config
+
         def sample(self, *args, batch_size, parallel):
             return batch_size
 
-    few = sampler(max_new_tokens=3000)
-    assert few.batch_size() == 26 and few.sample(Recorder(), PROMPTS * 9, seed=1) == 26 // 3
+    few = sampler(max_new_tokens=160_000)
+    assert few.batch_size(Recorder) == 26 and few.sample(Recorder(), PROMPTS * 9, seed=1) == 26 // 3
     assert sampler().sample(Recorder(), PROMPTS, seed=1) == 5, "13 prompts in three parts"
 
 

@@ -21,8 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (CLOCK, CTRL_C, KILL, SENTENCE, TINY, command, folder, in_child, refused,
-                      same, stopped, stopped_and_finished, without_clock)
+from conftest import (CLOCK, CTRL_C, KILL, SENTENCE, TINY, Waits, command, folder, in_child,
+                      refused, same, stopped, stopped_and_finished, without_clock)
 
 import data_imdb
 import dpo
@@ -276,9 +276,30 @@ def test_every_step_logs_what_a_reader_asks_for(tmp_path):
     assert "targets_per_s" in trained(tmp_path / "lm", "lm", make_model())[0]
 
 
+@pytest.mark.parametrize("kind, precision, most", [
+    ("lm", "fp32", 2), ("dpo", "fp32", 2), ("dpo", "bf16", 2), ("dpo", "fp16", 3)])
+def test_a_step_waits_for_a_gpu(tmp_path, kind, precision, most):
+    """For the number of scored tokens, for the row to log, and in fp16 for the scaler."""
+    cfg = replace(CFG, precision=precision)
+
+    def waits(steps):
+        model = make_model()
+        batches, loss_fn, options = problem(kind, model, cfg)
+        (micro_batch,), n = batches(0)
+        fixed = [micro_batch | dict(lengths=np.asarray(micro_batch["lengths"]))], n
+        with Run(tmp_path / str(steps), {}, {}, about=dict(stage="dpo")) as run, Waits() as found:
+            train.fit(Job("toy", cfg, []), run, model, lambda step: fixed, loss_fn,
+                      **options | dict(steps=steps))
+        return len(found)
+
+    waits(1)  # the first of all measures the machine's speed
+    assert waits(4) - waits(3) == most
+
+
 def test_summary_is_means_and_quantiles():
     x = torch.linspace(0, 1, 101)[torch.randperm(101)]
-    got = train.summary({"weight": [x[:30], x[30:]], "other": [x.double()]})
+    parts = [dict(weight=part, other=part.double()) for part in (x[:30], x[30:])]
+    got = train.summary(train.to_arrays(parts))
     assert float(got["other"]) == pytest.approx(0.5) == pytest.approx(float(got["weight"]))
     for p in (5, 25, 50, 75, 95):
         assert float(got[f"weight_{p}"]) == pytest.approx(p / 100, abs=1e-6)
@@ -315,7 +336,7 @@ def test_compile_serves_training_and_not_sampling(tmp_path, monkeypatch):
     rows = trained(tmp_path / "a", "dpo", model, replace(CFG, compile=True), steps=3,
                    evaluation=evaluation)
     evals = [r["eval"] for r in rows if "eval" in r]
-    assert evals == [dict(trained=n, sampled=0) for n in (1, 2, 3)]
+    assert evals == [dict(trained=2 * n, sampled=0) for n in (1, 2, 3)], "hidden, head"
     trained(tmp_path / "b", "dpo", plain, steps=3)
     assert torch.allclose(weights(model), weights(plain), atol=1e-5)
 
@@ -468,8 +489,8 @@ def test_sec4_every_weight_has_its_gradient(weight):
 
 def test_scores_do_not_depend_on_the_company():
     model, texts = make_model().eval(), make_groups().flat(range(23))
-    few = Job("toy", replace(CFG, max_new_tokens=3000), [])
-    assert few.batch_size() // 8 == 3, "three at a time"
+    few = Job("toy", replace(CFG, max_new_tokens=300_000), [])
+    assert few.batch_size(model) // 8 == 3, "three at a time"
     whole = score(Job("toy", CFG, []), model, *texts)
     assert torch.allclose(whole, plain_logps(model, *texts), atol=1e-4)
     assert torch.allclose(whole, score(few, model, *texts), atol=1e-4)

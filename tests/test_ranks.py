@@ -1,0 +1,234 @@
+"""Several processes as one run: torchrun's, and pairs of forked children that are ranks 0 and 1."""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import KILL, TINY, command, die, folder, in_child, refused, same, train_py
+
+from job import Job
+from support import ranks
+from support.runs import Run, UserError, main_exit, read_rows
+from support.settings import PRESETS
+
+STORES = itertools.count()
+
+
+def pair(tmp_path, work) -> list[tuple[int, str]]:
+    """Exit code and output of work(rank) in two processes that are ranks 0 and 1."""
+    path = str(tmp_path / f"store{next(STORES)}")
+
+    def as_rank(rank):
+        def child():
+            ranks.RANK, ranks.WORLD = rank, 2
+            ranks.store = functools.cache(lambda: dist.FileStore(path, 2))
+            return work(rank)
+
+        return in_child(child)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(as_rank, (0, 1)))
+
+
+def commands(tmp_path, *argv) -> str:
+    """train.py as two ranks; what rank 0 printed."""
+    (code, text), (other, silence) = pair(tmp_path, lambda rank: train_py(argv))
+    assert code == other == 0, text + silence
+    assert silence == "", "rank 1 prints nothing"
+    return text
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, data):
+    """The chain of one process with two micro-batches per step."""
+    out = tmp_path_factory.mktemp("one")
+    result = command(*TINY, "--sft-accum", 2, "--dpo-accum", 2, "--out", out, "--data", data)
+    assert result.code == 0, result.err
+    return out
+
+
+# ------------------------------------------------------------------------------ the same numbers
+
+
+def test_two_processes_make_what_one_makes_with_two_micro_batches(tmp_path, data, one):
+    """Byte for byte, dropout included: weights, preferences, log-probs and logs."""
+    text = commands(tmp_path, *TINY, "--out", tmp_path, "--data", data)
+    assert text.count("dpo: done in") == 1 and "reward r*" in text
+    for stage in ("sft", "groups", "dpo"):
+        same(folder(tmp_path, stage), folder(one, stage))
+    about = json.loads((folder(tmp_path, "dpo") / "config.json").read_bytes())["about"]
+    assert about["processes"] == 2
+
+
+def test_two_processes_train_the_same_reward_model_and_sample_the_same_best_of_n(
+        tmp_path, data, one):
+    argv = [*TINY, "--best-of", 4, "--data", data, "--stage", "best-of-n"]
+    assert command(*argv, "--out", one).code == 0
+    commands(tmp_path, *argv, "--out", tmp_path)
+    a, b = ([row["loss"] for row in read_rows(folder(out, "rm") / "metrics.jsonl") if "loss" in row]
+            for out in (one, tmp_path))
+    assert a == pytest.approx(b, rel=1e-4) and len(a) > 8
+    a, b = (torch.load(folder(out, "best-of-n") / "samples.pt") for out in (one, tmp_path))
+    assert torch.equal(a["rewards"], b["rewards"])
+
+
+def test_an_imdb_judge_is_trained_by_all_processes(tmp_path):
+    """Each rank has a part of the whole reviews and one of the crops."""
+    import numpy as np
+
+    from reward import label_batches
+    tokens = [np.arange(n) for n in range(20, 40)]
+    labels = np.arange(20, dtype=np.float32)
+    whole, halves = ([m["idx"] for m in label_batches(
+        tokens, labels, 6, 64, 16, np.random.default_rng(0), parts)] for parts in (1, 2))
+    assert len(whole) == 2 and len(halves) == 4
+    for big, small in zip(whole, (halves[:2], halves[2:])):
+        rows = [row[row > 0].tolist() for part in small for row in part]
+        assert rows == [row[row > 0].tolist() for row in big]
+
+
+# ------------------------------------------------------------------------------ stops and faults
+
+
+@pytest.mark.parametrize("kind, name, n", [("log", "", 5), ("after", "resume.pt", 3),
+                                           ("torn", "model.pt", 2)])
+def test_a_killed_run_goes_on(tmp_path, data, one, kind, name, n):
+    argv = [*TINY, "--out", tmp_path, "--data", data]
+
+    def work(rank):
+        if rank == 0:
+            die(KILL, kind, name, n)
+        return train_py([*argv, "--save-secs", 0])
+
+    (code, _), (other, _) = pair(tmp_path, work)
+    assert code == -KILL and other != 0, "no rank goes on without the other"
+    assert not (folder(tmp_path, "sft") / "model.pt").exists() or kind == "torn"
+    text = commands(tmp_path, *argv)
+    assert ("going on at step" in text) == (kind != "torn")
+    for stage in ("sft", "groups", "dpo"):
+        same(folder(tmp_path, stage), folder(one, stage))
+
+
+def test_an_error_of_all_ranks_is_printed_once(tmp_path):
+    ended = pair(tmp_path, lambda rank: train_py(["--groups", "/none.jsonl", "--device", "cpu"]))
+    assert sorted(code for code, _ in ended) == [1, 2]
+    text = "".join(text for _, text in ended)
+    assert text.count("error: cannot read /none.jsonl") == 1 and "Traceback" not in text
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_of_a_rank_that_fails_alone_the_others_say_nothing(tmp_path, faulty):
+    def work(rank):
+        def main():
+            ranks.start(False)
+            if rank == faulty:
+                raise UserError("its disk is full")
+            ranks.add_up([torch.ones(3)])  # of the others too: they wait
+
+        return main_exit(main)
+
+    ended = pair(tmp_path, work)
+    assert ended[faulty] == (2, "error: its disk is full\n")
+    assert ended[1 - faulty][0] != 0 and "Error" not in ended[1 - faulty][1]
+
+
+def test_what_one_process_alone_can_do_is_refused_under_torchrun(monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks, "first_to_fail", lambda: True)
+    for stage in ("ppo", "frontier", "inspect", "degenerate"):
+        refused(command("--stage", stage, "--device", "cpu"), f"--stage {stage}", "torchrun")
+    refused(command("--dpo-batch", 1, "--device", "cpu"), "--dpo-batch is 1", "from 2")
+
+
+def test_each_rank_has_a_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(ranks, "WORLD", 4)
+    for name, stand_in in dict(is_available=lambda: True, device_count=lambda: 2,
+                               is_bf16_supported=lambda _: True, set_device=taken.append).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "LOCAL_RANK", rank)
+        Job("toy", PRESETS["toy"], [])
+    assert taken == [0, 1]
+    monkeypatch.setattr(ranks, "LOCAL_RANK", 2)
+    with pytest.raises(UserError, match="--nproc_per_node 2"):
+        Job("toy", PRESETS["toy"], [])
+
+
+# ------------------------------------------------------------------------------ the functions
+
+
+def test_shares_come_together_in_order(tmp_path):
+    def work(rank):
+        ranks.start(False)
+        for n in range(6):
+            done = [10 * part for part in ranks.share(range(n))]
+            assert ranks.together(done) == [10 * part for part in range(n)]
+        x = torch.tensor([1.0, rank])
+        ranks.add_up([x, y := torch.full((3,), 2.0 * rank)])
+        assert x.tolist() == [2, 1] and y.tolist() == [2] * 3
+        ranks.stop()
+        return 0
+
+    assert [code for code, _ in pair(tmp_path, work)] == [0, 0]
+
+
+def test_rank_0_goes_first_and_alone_writes(tmp_path):
+    made = tmp_path / "run" / "model.pt"
+
+    def work(rank):
+        ranks.start(False)
+        with ranks.rank_0_first():
+            if rank:
+                assert (tmp_path / "data").exists()
+            else:
+                time.sleep(0.3)
+                (tmp_path / "data").touch()
+        run = Run(made.parent, {}, {})
+        with run:
+            run.log(dict(step=0, rank=rank))
+            run.checkpoint(dict(step=1, rank=rank))
+            run.finish(dict(rank=rank))
+        assert torch.load(made) == dict(rank=0) and run.hash
+        return 0
+
+    ended = pair(tmp_path, work)
+    assert ended == [(0, "")] * 2
+    assert read_rows(made.parent / "metrics.jsonl") == [dict(step=0, rank=0)]
+
+
+def test_one_process_is_a_world_of_its_own():
+    ranks.start(False)
+    assert ranks.share([1, 2, 3]) == ranks.together([1, 2, 3]) == [1, 2, 3]
+    ranks.add_up([x := torch.ones(2)])
+    assert x.tolist() == [1, 1] and ranks.first_to_fail() and not dist.is_initialized()
+    with ranks.rank_0_first():
+        ranks.wait()
+    ranks.stop()
+
+
+# ------------------------------------------------------------------------------ torchrun itself
+
+
+def test_torchrun_starts_it_and_says_each_thing_once(tmp_path, data):
+    def torchrun(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             "train.py", *map(str, (*TINY, "--stage", "sft", "--out", tmp_path, *argv))],
+            capture_output=True, text=True, cwd=Path(__file__).parents[1],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+
+    done = torchrun("--data", data)
+    assert done.returncode == 0 and done.stdout.count("sft: done in") == 1, done.stderr
+    assert (folder(tmp_path, "sft") / "model.pt").exists()
+    wrong = torchrun("--sft-lr", "-1")
+    assert wrong.returncode == 1 and wrong.stderr.count("error: --sft-lr is -1") == 1
