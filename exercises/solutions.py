@@ -20,6 +20,8 @@ EXPLANATION = "These two sentences only show the form that the check asks for. W
 class Logits:
     """Stands where a GPT is wanted: its hidden states are logits, and its head is the identity."""
 
+    score_block = staticmethod(gpt.GPT.score_block)
+
     def __init__(self, logits):
         self.logits, V = logits, logits.size(-1)
         self.config = SimpleNamespace(vocab_size=V)
