@@ -54,12 +54,14 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 class Job:
     """The settings of one command, its device, and what several stages load."""
 
+    workers = 1  # processes on its device, each with a job
+
     def __init__(self, preset: str, cfg: Settings, command: list[str]):
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda was asked for, and torch finds no CUDA device: leave "
                             "the flag out, or install a CUDA build of torch")
         name = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
-        if name == "cuda" and ranks.WORLD > 1:
+        if name == "cuda":
             if ranks.LOCAL_RANK >= torch.cuda.device_count():
                 raise UserError("torchrun started more processes than there are GPUs: give "
                                 f"--nproc_per_node {torch.cuda.device_count()}")
@@ -187,9 +189,10 @@ class Job:
     # -------------------------------------------------------------------------- sampling
 
     def memory(self) -> int:
-        """Bytes: all of the GPU's; on a CPU, which has other work too, 5 GiB."""
-        return 5 * 2**30 if self.device.type == "cpu" else \
+        """This job's share in bytes of the GPU's; on a CPU, which has other work too, of 5 GiB."""
+        whole = 5 * 2**30 if self.device.type == "cpu" else \
             torch.cuda.get_device_properties(self.device).total_memory
+        return whole // self.workers
 
     def batch_size(self, model: GPT) -> int:
         """Sequences sampled at once: their keys and values fill a tenth of the memory at most. More
@@ -219,8 +222,8 @@ class Job:
             finally:
                 torch.set_num_threads(threads)  # the pool has set it for every thread
 
-        batch_size = min(self.batch_size(model) // workers,
-                         -(-len(prompts) // (workers * ranks.WORLD)))
+        at_once = min(ranks.together([self.batch_size(model)]))  # all ranks make the same parts
+        batch_size = min(at_once // workers, -(-len(prompts) // (workers * ranks.WORLD)))
         return model.sample(prompts, self.cfg.max_new_tokens, self.data.eot, seed, temperature,
                             batch_size=max(1, batch_size), parallel=parallel)
 

@@ -86,7 +86,6 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
         if last or time.monotonic() - saved_at >= job.cfg.save_secs:
             run.checkpoint(dict(step=i + 1) | state(i))
             saved, saved_at = i + 1, time.monotonic()
-    ranks.wait()  # for the files that rank 0 has written
     return found or evaluation and evaluation()  # killed after the last step: evaluate again
 
 
@@ -133,9 +132,6 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         """This rank's micro-batches of step i on the device, each with its number; of the whole
         step the numbers of terms and of tokens."""
         micro_batches, n = batches(i)
-        if len(micro_batches) < ranks.WORLD:
-            raise UserError(f"a step of {len(micro_batches)} micro-batches for {ranks.WORLD} "
-                            "processes: start fewer of them")
         tokens = sum(int(m["lengths"].sum()) for m in micro_batches)
         mine = ranks.share([*enumerate(micro_batches)])
         return [(k, to_device(m, device)) for k, m in mine], n, tokens
@@ -148,7 +144,7 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         for group in opt.param_groups:
             group["lr"] = rate
         vars(body).update(compiled)
-        total, logs = 0.0, []
+        total, logs = torch.zeros((), device=device), []
         for k, micro_batch in micro_batches:  # gradient accumulation
             torch.manual_seed(seed_of(cfg, run.about["stage"], i) + k)  # dropout
             with job.autocast():
@@ -160,11 +156,14 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
             delattr(body, name)  # sampling is one token at a time, and would compile again
         if i + 1 < steps:
             ready[i + 1] = prepare(i + 1)  # while the GPU works
+        if not micro_batches:  # there are fewer than ranks
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
         ranks.add_up([total, *(p.grad for p in model.parameters())])
         scaler.unscale_(opt)  # clip the gradient itself, not its scaled copy
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        *logs, ends = to_arrays([*logs, dict(loss=total, grad_norm=norm)])
-        row = {k: float(v) for k, v in (summary(ranks.together(logs)) | summary([ends])).items()}
+        *logs, totals = to_arrays([*logs, dict(loss=total, grad_norm=norm)])
+        row = summary(ranks.together(logs)) | summary([totals])
         if scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
             row["grad_norm"] = None  # fp16: the scaler skips this step, and scales the next less
         if i == 0 and check and math.isfinite(row["loss"]):
@@ -209,17 +208,18 @@ def to_device(micro_batch: dict, device: torch.device) -> dict:
 def to_arrays(logs: list[dict]) -> list[dict]:
     """The same tensors as arrays, for which a CPU waits for its GPU once."""
     tensors = [x.float().flatten() for log in logs for x in log.values()]
-    ends = np.cumsum([len(x) for x in tensors])
-    parts = iter(np.split(torch.cat(tensors).cpu().numpy(), ends))
+    borders = np.cumsum([len(x) for x in tensors])
+    parts = iter(np.split(torch.cat(tensors).cpu().numpy(), borders))
     return [{name: next(parts) for name in log} for log in logs]
 
 
 def summary(logs: list[dict]) -> dict[str, float]:
     """Means over the step's terms, of all micro-batches, and the weight's quantiles."""
     values = {name: np.concatenate([log[name] for log in logs]) for name in logs[0]}
-    out = {name: x.mean() for name, x in values.items()}
+    out = {name: float(x.mean()) for name, x in values.items()}
     if "weight" in values:
-        out |= {f"weight_{p}": np.percentile(values["weight"], p) for p in (5, 25, 50, 75, 95)}
+        out |= {f"weight_{p}": float(np.percentile(values["weight"], p))
+                for p in (5, 25, 50, 75, 95)}
     return out
 
 
@@ -524,9 +524,10 @@ def dpo_stage(job: Job, run: Run) -> None:
     """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
     policy, some = job.load_reference(), np.array(held[:HELD_OUT])
-    # no training step needs π_ref: where there is no room for it, each evaluation reads it again
+    # No training step needs π_ref. It is kept where it takes less than a twentieth of the memory;
+    # elsewhere each evaluation reads it again.
     size = 4 * sum(p.numel() for p in policy.parameters())
-    kept = job.load_reference() if 20 * size < job.memory() else None
+    kept = job.load_reference() if size < job.memory() / 20 else None
 
     def evaluation(policy) -> dict:
         point = evaluate_policy(job, policy, kept or job.load_reference())

@@ -48,6 +48,7 @@ def rm(job: Job, run: Run) -> None:
     fit(job, run, model, pair_batches(job, steps), pair_loss, steps=cfg.rm_epochs * steps,
         lr=cfg.rm_lr, warmup=steps // 5, evaluate_every=max(1, steps // 2), evaluation=evaluation,
         unit="pairs")
+    ranks.wait()  # rank 0 has written it
     found = load_tensors(best)
     model.load_state_dict(found.pop("model"))
     scores = score_groups(job, model, range(len(groups.prompt_ids)))

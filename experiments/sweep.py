@@ -8,6 +8,7 @@ evaluated at regular steps on the same test prompts. Every run is a stage of the
 P prompts, K samples per prompt.
 """
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -32,6 +33,7 @@ from experiments.ppo import no_fp16
 from experiments.rates import candidates, chosen_rates, rate_at, rate_table, report_rates, share
 from job import Job, seed_of
 from plot_frontier import kl_range
+from support import ranks
 from support.points import KEYS
 from support.runs import Run, UserError, load_tensors, read_json, read_rows, save_json
 from support.settings import Settings
@@ -164,6 +166,8 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
     exception kills the workers and is raised; the same command goes on.
     """
     hashes, pool, spawn = {}, None, multiprocessing.get_context("spawn")
+    gpus = torch.cuda.device_count() if job.device.type == "cuda" else 1
+    shared = job.preset, job.cfg, tuple(job.command), -(-jobs // gpus)
 
     def finish(stage, cfg, result):
         try:
@@ -181,10 +185,12 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
                     continue
                 # workers inherit this: Ctrl-C is for the parent, which kills them
                 handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-                pool = pool or ProcessPoolExecutor(jobs, spawn, start_worker, (
-                    spawn.Value("i", 0), job.preset, job.cfg, job.command))
-                futures[pool.submit(in_worker, stage, cfg)] = stage, cfg
-                signal.signal(signal.SIGINT, handler)
+                try:
+                    pool = pool or ProcessPoolExecutor(jobs, spawn, start_worker,
+                                                       (spawn.Value("i", 0), gpus))
+                    futures[pool.submit(in_worker, shared, stage, cfg)] = stage, cfg
+                finally:
+                    signal.signal(signal.SIGINT, handler)
             for future in as_completed(futures):
                 finish(*futures[future], future.result)
     except BaseException as error:
@@ -200,22 +206,27 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
     return hashes
 
 
-def start_worker(gpus_taken, *args) -> None:
-    """A worker has one job for all its runs, on the next GPU. It ends when its parent is killed."""
-    global worker_job
+def start_worker(taken, gpus: int) -> None:
+    """A worker takes the next GPU, and ends when its parent is killed."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    worker_job = Job(*args)
-    if worker_job.device.type == "cuda":
-        with gpus_taken.get_lock():
-            torch.cuda.set_device(gpus_taken.value % torch.cuda.device_count())
-            gpus_taken.value += 1
+    with taken.get_lock():
+        ranks.LOCAL_RANK = taken.value % gpus
+        taken.value += 1
 
 
-def in_worker(stage: str, cfg: Settings) -> str:
+@functools.cache
+def worker_job(preset: str, cfg: Settings, command: tuple[str, ...], workers: int) -> Job:
+    job = Job(preset, cfg, list(command))
+    job.workers = workers
+    return job
+
+
+def in_worker(shared: tuple, stage: str, cfg: Settings) -> str:
     torch.set_num_threads(cfg.threads)
-    worker_job.cfg = cfg  # what is loaded is the same for all runs
-    return build_quietly(worker_job, stage)
+    job = worker_job(*shared)
+    job.cfg = cfg  # what is loaded is the same for all runs
+    return build_quietly(job, stage)
 
 
 def build_quietly(job: Job, stage: str) -> str:

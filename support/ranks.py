@@ -7,13 +7,20 @@ the same program on its share of the micro-batches and samples; rank 0 alone pri
 import functools
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine: the number of its GPU
+
+def from_torchrun(name: str, alone: int) -> int:
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+
+
+RANK, WORLD = from_torchrun("RANK", 0), from_torchrun("WORLD_SIZE", 1)
+LOCAL_RANK = from_torchrun("LOCAL_RANK", 0)  # the number of its GPU
 
 
 @functools.cache
@@ -25,7 +32,7 @@ def store() -> Any:
 
 
 def start(cuda: bool) -> None:
-    """Joins the other ranks, of which rank 0 alone prints."""
+    """Joins the other ranks, of which rank 0 alone prints. A rank ends when torchrun is killed."""
     if WORLD == 1:
         return
     import torch.distributed as dist
@@ -35,7 +42,14 @@ def start(cuda: bool) -> None:
     dist.init_process_group(backend, timeout=timedelta(hours=12), world_size=WORLD, rank=RANK,
                             store=store())
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
+    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def stop() -> None:
@@ -51,7 +65,8 @@ def share(parts: Sequence[Any]) -> Sequence[Any]:
 
 
 def together(done: list[Any]) -> list[Any]:
-    """What all ranks have made of their shares, in the order of the parts. Tensors: on the CPU."""
+    """What all ranks have made of their shares, in the order of the parts. Tensors in it must be on
+    the CPU."""
     if WORLD == 1:
         return done
     import torch.distributed as dist
@@ -87,4 +102,7 @@ def rank_0_first() -> Iterator[None]:
 
 def first_to_fail() -> bool:
     """Whether no other rank has failed before, so that this one says why."""
-    return WORLD == 1 or store().add("failed", 1) == 1
+    try:
+        return WORLD == 1 or store().add("failed", 1) == 1
+    except Exception:  # torchrun is gone, and its store with it
+        return True

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,19 +44,26 @@ def main_exit(main: Callable[[], int | None]) -> int:
         code = main() or 0
         sys.stdout.flush()  # here a broken pipe is noticed at the latest
         return code
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # Python flushes it once more at its end
-        return 1
-    except BaseException as error:
-        if not ranks.first_to_fail():
-            os._exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        first, code = ranks.first_to_fail(), 1
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        if isinstance(error, KeyboardInterrupt):
-            print(STOPPED, file=sys.stderr)
-            return 130
-        raise
+            said, code = f"error: {error}", 2
+        elif isinstance(error, KeyboardInterrupt):
+            said, code = STOPPED, 130
+        elif isinstance(error, BrokenPipeError):
+            sys.stdout, said = open(os.devnull, "w"), ""  # Python flushes it once more at its end
+        elif ranks.WORLD == 1:
+            raise
+        else:
+            said = traceback.format_exc()
+        if first and said:
+            print(said, file=sys.stderr, flush=True)
+        if not first:
+            time.sleep(0.3)  # torchrun kills all when one ends: the first has printed by then
+        if ranks.WORLD > 1:
+            sys.stdout.flush()
+            os._exit(code)  # an ordinary end would wait for the other ranks
+        return code
 
 
 def interrupted(kind: type, error: BaseException, trace: Any) -> None:
@@ -153,8 +161,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
     """Calls write(file) so that path holds all of the new bytes or, at any kill, all of the old.
 
-    UserError when the system refuses; the old file is then intact. Of several ranks the first
-    writes.
+    UserError when the system refuses; the old file is then intact. Only rank 0 writes.
     """
     if ranks.RANK:
         return

@@ -50,7 +50,8 @@ class Settings:
     # ---- sft: reviews -> π_ref
     sft_steps: int = opt("sft", 900, "optimizer steps", low=1)
     sft_batch: int = opt("sft", 32, "windows per step", low=1)
-    sft_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
+    sft_accum: int = opt("run", 1, "micro-batches per step and process; more of them take less "
+                         "memory", low=1)
     sft_lr: float = opt("sft", 1.2e-2, "peak rate; a tiny model wants ten times GPT-2's", high=RATE)
     sft_warmup: int = opt("sft", 40, "steps of linear warm-up")
     sft_decay: float = opt("sft", 0.01, "weight decay of the matrices")
@@ -101,7 +102,8 @@ class Settings:
     alpha: float = opt("dpo", 0.5, "α, the weight of log π(y_l) in --stage unlikelihood (C.3)")
     dpo_batch: int = opt("dpo", 11, "groups per step, of 6 pairs each: near the paper's 64", low=1,
                          high=10**5)
-    dpo_accum: int = opt("run", 1, "micro-batches per step; more of them take less memory", low=1)
+    dpo_accum: int = opt("run", 1, "micro-batches per step and process; more of them take less "
+                         "memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper's is RMSprop", ("adamw", "rmsprop"))
     dpo_schedule: str = opt("dpo", "linear", "after the warm-up", ("constant", "linear", "cosine"))
     dpo_lr: float = opt("dpo", 7e-4, "peak rate; the paper's is 1e-6 at 774M parameters", high=RATE)
@@ -127,8 +129,8 @@ class Settings:
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
     # ---- run
-    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, four per GPU",
-                    high=1_000)
+    jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, or on each GPU four "
+                    "(of a large model one)", high=1_000)
     device: str = opt("run", "auto", "auto: CUDA where there is one", ("auto", "cpu", "cuda"))
     threads: int = opt("run", 0, "CPU threads; 0: torch's choice", high=1_000)
     out: str = opt("run", "out", "folder of all runs")
@@ -232,7 +234,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print every flag before the sentence
-        sys.stderr.write(f"error: {message}; see  python train.py --help\n")
+        if not ranks.RANK:
+            sys.stderr.write(f"error: {message}; see  python train.py --help\n")
         sys.exit(2)
 
 
@@ -285,7 +288,6 @@ def check(cfg: Settings) -> None:
     """UserError for a value out of range, and for settings that exclude each other."""
     for f in fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        low = max(low, ranks.WORLD * f.name.endswith("_batch"))  # each process has a share
         flag = f"--{f.name.replace('_', '-')} is {value!r}"
         if f.type in (int, float) and not low <= value <= high:
             raise UserError(f"{flag}; it must be from {low} to {high}")

@@ -236,27 +236,6 @@ def test_token_logps_and_their_gradient_wait_once_for_a_gpu():
     assert found == ["nonzero"]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_padding_the_head_changes_neither_log_probs_nor_gradients_nor_samples(
-        monkeypatch, autocast):
-    """61 tokens and three rows of zeros, as on a GPU."""
-    model, idx = tiny(dtype=torch.float32), ids(4, 9)
-
-    def everything():
-        with torch.autocast("cpu", torch.bfloat16, autocast):
-            logits = model(idx)
-            logps = model.token_logps(idx, all_but_first(idx))
-            samples = model.sample(idx[:, :3].tolist(), 12, -1, 0)
-        return logits, logps, *torch.autograd.grad(logps.sum(), list(model.parameters())), samples
-
-    *plain, samples = everything()
-    monkeypatch.setitem(gpt.HEAD_MULTIPLE, "cpu", 64)
-    *padded, as_many = everything()
-    for a, b in zip(plain, padded, strict=True):
-        assert largest(a, b) <= (1e-2 if autocast else 1e-5) * largest(a, 0)
-    assert samples == as_many
-
-
 def test_no_token_to_score():
     model, idx = tiny(), ids(2, 5)
     logps = model.token_logps(idx, torch.zeros(2, 5, dtype=torch.bool))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import KILL, TINY, command, die, folder, in_child, refused, same, train_py
+from conftest import KILL, TINY, command, die, folder, in_child, same, train_py
 
 from job import Job
 from support import ranks
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on(tmp_path, data, one, kind, name, n):
 
 def test_an_error_of_all_ranks_is_printed_once(tmp_path):
     ended = pair(tmp_path, lambda rank: train_py(["--groups", "/none.jsonl", "--device", "cpu"]))
-    assert sorted(code for code, _ in ended) == [1, 2]
+    assert [code for code, _ in ended] == [2, 1], "rank 1 waits for rank 0, which reads first"
     text = "".join(text for _, text in ended)
     assert text.count("error: cannot read /none.jsonl") == 1 and "Traceback" not in text
 
@@ -139,12 +139,35 @@ def test_of_a_rank_that_fails_alone_the_others_say_nothing(tmp_path, faulty):
     assert ended[1 - faulty][0] != 0 and "Error" not in ended[1 - faulty][1]
 
 
-def test_what_one_process_alone_can_do_is_refused_under_torchrun(monkeypatch):
-    monkeypatch.setattr(ranks, "WORLD", 2)
-    monkeypatch.setattr(ranks, "first_to_fail", lambda: True)
-    for stage in ("ppo", "frontier", "inspect", "degenerate"):
-        refused(command("--stage", stage, "--device", "cpu"), f"--stage {stage}", "torchrun")
-    refused(command("--dpo-batch", 1, "--device", "cpu"), "--dpo-batch is 1", "from 2")
+@pytest.mark.parametrize("stage", ["ppo", "frontier", "inspect", "degenerate"])
+def test_what_one_process_alone_can_do_is_refused_under_torchrun(tmp_path, stage):
+    ended = pair(tmp_path, lambda rank: train_py(["--stage", stage, "--device", "cpu"]))
+    assert [code for code, _ in ended] == [2, 2]
+    text, = filter(None, (text for _, text in ended))
+    assert text.startswith(f"error: --stage {stage} is one process") and text.count("\n") == 1
+
+
+def test_ranks_of_unlike_memory_sample_the_same_parts(tmp_path, job):
+    model, prompts = job.policy("sft"), [[job.data.eot, i] for i in range(1, 41)]
+    alone = job.sample(model, prompts, seed=1)
+
+    def work(rank):
+        ranks.start(False)
+        job.memory = lambda: (700_000, 500_000)[rank]
+        assert job.batch_size(model) < 20
+        assert job.sample(model, prompts, seed=1) == alone
+        return 0
+
+    assert pair(tmp_path, work) == [(0, "")] * 2
+
+
+def test_a_step_may_have_fewer_micro_batches_than_ranks(tmp_path, data):
+    argv = [*TINY, "--data", data, "--dpo-batch", 1, "--dropout", 0]
+    assert command(*argv, "--out", tmp_path / "one").code == 0
+    commands(tmp_path, *argv, "--out", tmp_path / "two")
+    a, b = ([row["loss"] for row in read_rows(folder(tmp_path / n, "dpo") / "metrics.jsonl")
+             if "loss" in row] for n in ("one", "two"))
+    assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_each_rank_has_a_gpu(monkeypatch):

@@ -25,6 +25,7 @@ from experiments.rates import chosen_rates
 from experiments.sweep import (evaluations, finals, finished, make_runs, methods_of,
                                run_parallel, tried, tried_rates)
 from job import Job
+from support import ranks
 from support.points import KEYS, read_points
 from support.runs import UserError
 from support.settings import IMDB, TOY, parse
@@ -281,14 +282,15 @@ def test_finished_runs_start_no_process(job, monkeypatch):
 
 def test_workers_take_the_gpus_in_turn(monkeypatch):
     taken, count = [], multiprocessing.get_context("spawn").Value("i", 0)
-    monkeypatch.setattr(sweep, "worker_job", None, raising=False)
     monkeypatch.setattr(threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
     for name, value in dict(is_available=True, is_bf16_supported=True, device_count=2).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for device in ("cuda", "auto", "cpu", "cuda", "cuda", "cuda"):
-        sweep.start_worker(count, "toy", replace(TOY, device=device), [])
-    assert taken == [0, 1, 0, 1, 0], "none for a CPU"
+    monkeypatch.setattr(ranks, "LOCAL_RANK", 0)
+    for _ in range(5):
+        sweep.start_worker(count, 2)
+        Job("toy", TOY, [])
+    assert taken == [0, 1, 0, 1, 0]
 
 
 def test_four_small_runs_share_a_gpu_and_a_large_one_has_its_own(job, monkeypatch):

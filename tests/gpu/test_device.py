@@ -193,7 +193,7 @@ def test_a_head_padded_to_a_multiple_of_64_changes_nothing(case, precision, monk
 @pytest.mark.parametrize("dropout, limit", [(0.0, 40), (0.1, 44)])
 def test_bytes_kept_for_the_backward_pass(case, dropout, limit, monkeypatch):
     """Per token, layer and channel under bf16: the difference between 3 layers and 1, without the
-    weights' copies in bf16."""
+    weights' copies in bf16. Dropout keeps two masks, each of a byte or two per channel."""
     B, T, C, H = (16, 128, 512, 8) if case.big else (4, 64, 64, 2)
     if not case.big:  # a CPU's attention keeps (B, H, T, T) with dropout: here it has none
         attend = F.scaled_dot_product_attention
