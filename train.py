@@ -156,9 +156,8 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
             delattr(body, name)  # sampling is one token at a time, and would compile again
         if i + 1 < steps:
             ready[i + 1] = prepare(i + 1)  # while the GPU works
-        if not micro_batches:  # there are fewer than ranks
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
+        if not micro_batches:  # there are fewer than ranks: gradients of 0
+            scaler.scale(0 * sum(p.sum() for p in model.parameters())).backward()
         ranks.add_up([total, *(p.grad for p in model.parameters())])
         scaler.unscale_(opt)  # clip the gradient itself, not its scaled copy
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
