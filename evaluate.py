@@ -31,7 +31,7 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
     π_ref is the reference at 1. With another temperature than the samples' neither is an estimate.
     """
     mask = completion_mask(prompt_lens, lengths, idx.size(1))[:, 1:]
-    where = mask.flatten().nonzero()[:, 0]  # (M,), for which a CPU waits for its GPU
+    where = mask.flatten().nonzero()[:, 0]  # (M,); a CPU waits here for its GPU
     sequence = where // mask.size(1)  # (M,) the sequence of each scored token
     hidden = [m.hidden(idx[:, :-1]).flatten(0, 1).index_select(0, where)  # (M, C) each
               for m in (policy, reference)]

@@ -132,7 +132,7 @@ class GPT(nn.Module):
         The head is applied only where the mask is true. The result is float32 or wider, whatever
         the precision of the products. mask[:, 0] must be false: nothing predicts a first token.
         """
-        where = mask[:, 1:].flatten().nonzero()[:, 0]  # (M,), for which a CPU waits for its GPU
+        where = mask[:, 1:].flatten().nonzero()[:, 0]  # (M,); a CPU waits here for its GPU
         hidden = self.hidden(idx[:, :-1]).flatten(0, 1).index_select(0, where)  # (M, C)
         targets = idx[:, 1:].flatten().index_select(0, where)  # position t - 1 predicts token t
         limit = max(1, LOGITS_BUDGET[idx.device.type] // (4 * self.config.vocab_size))

@@ -196,8 +196,15 @@ def make_optimizer(model, name: str, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
+def split_picks(picks, accum: int = 1) -> list[np.ndarray]:
+    """A step's indices in a part per micro-batch, `accum` of them for each rank; no part is
+    empty."""
+    return np.array_split(picks, min(accum * ranks.WORLD, len(picks)))
+
+
 def to_device(micro_batch: dict, device: torch.device) -> dict:
-    """As tensors there. A GPU copies from pinned memory while the CPU goes on."""
+    """Its arrays as tensors on the device. Copies to a GPU start in pinned memory, and the CPU goes
+    on meanwhile."""
     tensors = {name: torch.as_tensor(x) for name, x in micro_batch.items()}
     if device.type == "cuda":
         tensors = {name: x.pin_memory() for name, x in tensors.items()}
@@ -205,7 +212,7 @@ def to_device(micro_batch: dict, device: torch.device) -> dict:
 
 
 def to_arrays(logs: list[dict]) -> list[dict]:
-    """The same tensors as arrays, for which a CPU waits for its GPU once."""
+    """Each tensor as an array. All are copied at once, so that a CPU waits for its GPU once."""
     tensors = [x.float().flatten() for log in logs for x in log.values()]
     borders = np.cumsum([len(x) for x in tensors])
     parts = iter(np.split(torch.cat(tensors).cpu().numpy(), borders))
@@ -277,7 +284,7 @@ def chosen(job: Job, run: Run) -> None:
 
     def batches(step: int):
         picks, micro_batches, n = order[step * cfg.sft_batch :][: cfg.sft_batch], [], 0
-        for part in np.array_split(picks, min(cfg.sft_accum * ranks.WORLD, len(picks))):
+        for part in split_picks(picks, cfg.sft_accum):
             idx, prompt_lens, lengths = pad_rows([groups.prompt_ids[i] for i in part],
                                                  [groups.completion_ids[i][best[i]] for i in part])
             mask = dpo.completion_mask(prompt_lens, lengths, idx.size(1))
@@ -437,8 +444,7 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
     def batches(step: int) -> tuple[list[dict], int]:
         picks = np.array([epoch(i // len(train))[i % len(train)]
                           for i in range(step * cfg.dpo_batch, (step + 1) * cfg.dpo_batch)])
-        parts = np.array_split(picks, min(cfg.dpo_accum * ranks.WORLD, len(picks)))
-        micro_batches = [micro_batch(part) for part in parts]
+        micro_batches = [micro_batch(part) for part in split_picks(picks, cfg.dpo_accum)]
         pairs = sum(len(m["yw_idxs"]) for m in micro_batches)
         return micro_batches, len(picks) if cfg.loss == "plackett-luce" else pairs
 

@@ -18,7 +18,7 @@ from reward import ModelReward, RewardModel
 from support import ranks
 from support.runs import Run, load_tensors, read_json, save_json, save_tensors
 from support.settings import Settings
-from train import STAGES, Stage, fit, needs, parents_of_groups, sample_all
+from train import STAGES, Stage, fit, needs, parents_of_groups, sample_all, split_picks
 
 # ------------------------------------------------------------------------------ r_φ
 
@@ -48,7 +48,7 @@ def rm(job: Job, run: Run) -> None:
     fit(job, run, model, pair_batches(job, steps), pair_loss, steps=cfg.rm_epochs * steps,
         lr=cfg.rm_lr, warmup=steps // 5, evaluate_every=max(1, steps // 2), evaluation=evaluation,
         unit="pairs")
-    ranks.wait()  # rank 0 has written it
+    ranks.wait()  # for best.pt, which rank 0 writes
     found = load_tensors(best)
     model.load_state_dict(found.pop("model"))
     scores = score_groups(job, model, range(len(groups.prompt_ids)))
@@ -67,7 +67,7 @@ def pair_batches(job: Job, steps: int):
         rng = np.random.default_rng(seed_of(cfg, "rm", step // steps))
         picks = rng.permutation(job.split[0])[step % steps * cfg.rm_batch :][: cfg.rm_batch]
         micro_batches = []
-        for part in np.array_split(picks, min(ranks.WORLD, len(picks))):
+        for part in split_picks(picks):
             idx, _, lengths = pad_rows(*groups.flat(part))
             yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards[part]))
             micro_batches.append(dict(idx=idx, lengths=lengths, yw_idxs=yw, yl_idxs=yl))

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -208,8 +207,7 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
 
 def start_worker(taken, gpus: int) -> None:
     """A worker takes the next GPU, and ends when its parent is killed."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    ranks.end_with_parent(multiprocessing.parent_process().pid)
     with taken.get_lock():
         ranks.LOCAL_RANK = taken.value % gpus
         taken.value += 1

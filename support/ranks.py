@@ -16,6 +16,7 @@ from typing import Any
 
 
 def from_torchrun(name: str, alone: int) -> int:
+    """The environment variable that torchrun has set; `alone` without torchrun."""
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
@@ -43,13 +44,17 @@ def start(cuda: bool) -> None:
                             store=store())
     if RANK:
         sys.stdout = open(os.devnull, "w", errors="replace")
-    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    end_with_parent(os.getppid())
 
 
 def end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    """From now on this process ends when the process with this id, its parent, is killed."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def stop() -> None:

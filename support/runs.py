@@ -415,13 +415,10 @@ class Run:
         obj: a state for save_tensors, or the bytes of another format. config.json notes before it
         the hashes of what the run has made, so that no later stage reads a file that has changed.
         """
-        if not ranks.RANK:
-            self._finish(obj)
-        ranks.wait()
         if ranks.RANK:
-            self._mine()  # reads the hashes
-
-    def _finish(self, obj: Any) -> None:
+            ranks.wait()
+            self._mine()  # reads the hashes that rank 0 has noted
+            return
         content = obj if isinstance(obj, bytes) else tensor_bytes(obj)
         self.files = {path.name: file_hash(path) for path in sorted(self.folder.iterdir())
                       if path.suffix in (".json", ".jsonl", ".tiktoken")
@@ -431,6 +428,7 @@ class Run:
         self._save(self.final, content)
         with writing(self.folder):
             self.path("resume.pt").unlink(missing_ok=True)
+        ranks.wait()
 
     def _save(self, name: str, content: bytes | memoryview) -> None:
         metrics = self.path("metrics.jsonl")

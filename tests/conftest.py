@@ -180,7 +180,7 @@ def die(by, kind, name="", n=1) -> None:
 
 
 def stopped(argv, by, kind, name="", n=1) -> str:
-    """What train.py prints in a child that dies so."""
+    """What train.py prints in a child that sends itself this signal, as `die` says."""
     code, text = in_child(lambda: (die(by, kind, name, n), train_py(argv))[1])
     assert code == (-KILL if by == KILL else 130), f"{kind} {name} {n} ended with {code}: {text}"
     return text

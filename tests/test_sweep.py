@@ -282,7 +282,8 @@ def test_finished_runs_start_no_process(job, monkeypatch):
 
 def test_workers_take_the_gpus_in_turn(monkeypatch):
     taken, count = [], multiprocessing.get_context("spawn").Value("i", 0)
-    monkeypatch.setattr(threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=1))
+    monkeypatch.setattr(ranks, "end_with_parent", lambda parent: None)
     for name, value in dict(is_available=True, is_bf16_supported=True, device_count=2).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
