@@ -162,7 +162,8 @@ def implicit_reward(pi_logps: Tensor, ref_logps: Tensor, beta: float,
     """Eq. 5 · r(x,y) = β log π_r(y|x)/π_ref(y|x) + β log Z(x).
 
     Tensors of one shape -> that shape. Without log_z the result is r̂, which differs from r by a
-    function of x alone. UserError unless β > 0, and when the two shapes differ.
+    function of x alone. It is NaN where π and π_ref are both 0. UserError unless β > 0, and when
+    the two shapes differ.
     """
     if not beta > 0:
         raise UserError(f"beta must be positive, got {beta}: the paper's is --beta 0.1")

@@ -40,7 +40,8 @@ def class_gap(r1: Tensor, r2: Tensor) -> Tensor:
 def preference_gap(r1: Tensor, r2: Tensor) -> Tensor:
     """Lemma 1 · r ~ r' ⇒ r and r' induce the same preference distribution.
 
-    -> (...): the largest difference between their Eq. 1, over all pairs of y.
+    -> (...): the largest difference between their Eq. 1, over all pairs of y. The paper states the
+    lemma for Plackett-Luce, Eq. 18, of which Eq. 1 is the case K = 2.
     """
     p1, p2 = (dpo.preference_probability(r[..., :, None], r[..., None, :]) for r in (r1, r2))
     return (p1 - p2).abs().amax((-2, -1))
@@ -59,7 +60,9 @@ def class_member(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Theorem 1 · every class has a member β log π(y|x)/π_ref(y|x) for some π.
 
     -> (..., K): that member, for which π is π_r of Eq. 4. So a language model can represent every
-    reward up to what preferences cannot tell: it is secretly a reward model.
+    reward up to what preferences cannot tell: it is secretly a reward model. The theorem assumes
+    β > 0 and π_ref(y|x) > 0 for every y, which a softmax over tokens has. Where π_ref(y|x) = 0,
+    π_r(y|x) is 0 too, and the result is NaN: no policy tells r(x,y).
     """
     return dpo.implicit_reward(dpo.optimal_policy(ref_logp, rewards, beta), ref_logp, beta)
 
@@ -117,6 +120,9 @@ def policy_gradient(world: World, beta: float, logp: Tensor, value: Tensor,
 
 # ------------------------------------------------------------------------------ the checks
 
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (4!, 4)
+
+
 def section5_rows(world: World) -> Iterator[Row]:
     ref, r, beta = world.ref, world.r, 0.5
     f = 5 * world.randn(len(r), 1)
@@ -124,8 +130,15 @@ def section5_rows(world: World) -> Iterator[Row]:
     member, projected = class_member(ref, r, beta), project_reward(ref, r, beta)
     yield "Definition 1", "r + f(x) is in r's class", max_gap(class_gap(r, r2)), 1e-12
     yield "Lemma 1", "r + f(x) has r's preferences", max_gap(preference_gap(r, r2)), 1e-12
+    orders = ORDERS.repeat(len(r), 1)  # (P 4!, 4), of the first 4 y of each prompt
+    logp, logp2 = (dpo.ranking_logps(x[:, :4].repeat_interleave(24, 0), orders)[0] for x in (r, r2))
+    yield "Lemma 1", "and r's rankings: Eq. 18, all orders of 4 y", max_gap(logp, logp2), 1e-12
     yield "Lemma 2", "r + f(x) has r's optimum: KL", max_gap(optimum_gap(ref, r, r2, beta)), 1e-12
     yield "Theorem 1", "β log π_r/π_ref is in r's class", max_gap(class_gap(member, r)), 1e-12
+    never, other = ref.clone(), r.clone()
+    never[:, 0], other[:, 0] = -math.inf, r[:, 0] + 1
+    gap = max_gap(optimum_gap(never, r, other, beta))
+    yield "Theorem 1", "needs π_ref(y) > 0: at 0 two classes have one optimum: KL", gap, 1e-12
     yield "Eq. 8", "the projection is in r's class", max_gap(class_gap(projected, r)), 1e-12
     yield "Eq. 8", "and is Theorem 1's member", max_gap(projected, member), 1e-12
     yield "Eq. 9", "holds for the projection", max_gap(normaliser(ref, projected, beta), 1), 1e-12
@@ -158,8 +171,7 @@ def ranking_rows(world: World) -> Iterator[Row]:
     ranked, _, _ = dpo.plackett_luce_loss(pi, ref, r, beta)
     pairwise, _ = dpo.dpo_loss(pi, ref, yw, yl, beta)
     yield "Eq. 18", "is Eq. 7 at K = 2", max_gap(ranked, pairwise), 1e-12
-    orders = torch.tensor(list(itertools.permutations(range(4))))  # (4!, 4)
-    logps, _ = dpo.ranking_logps(world.randn(1, 4).expand(24, 4), orders)
+    logps, _ = dpo.ranking_logps(world.randn(1, 4).expand(24, 4), ORDERS)
     yield "Eq. 18", "the 4! orders of 4 sum to 1", max_gap(logps.exp().sum(), 1), 1e-12
     start, _, _ = dpo.plackett_luce_loss(ref, ref, world.randn(6, 4), beta)
     yield "A.3", "starts at log 4!, where π_θ = π_ref", max_gap(start, math.log(24)), 1e-12

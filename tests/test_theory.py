@@ -45,6 +45,17 @@ def test_lemma1_equivalent_rewards_prefer_alike_and_others_do_not(world):
     assert (theory.preference_gap(world.r, 2 * world.r) > 1e-2).all(), "another class, others"
 
 
+def test_lemma1_equivalent_rewards_rank_alike_and_others_do_not(world):
+    """Eq. 18 over all orders of 4 completions."""
+    def rankings(r):
+        return torch.stack([dpo.ranking_logps(r[:, :4], order.expand(3, 4))[0].exp()
+                            for order in theory.ORDERS])  # (4!, P)
+
+    near(rankings(world.r).sum(0), 1.0, "each order once")
+    near(rankings(world.r + world.randn(3, 1)), rankings(world.r), "same class, same rankings")
+    assert ((rankings(2 * world.r) - rankings(world.r)).abs().amax(0) > 1e-2).all()
+
+
 def test_lemma2_equivalent_rewards_have_one_optimum_and_others_do_not(world):
     f = world.randn(3, 1)
     near(theory.optimum_gap(world.ref, world.r, world.r + f, BETA), 0.0, "same class, same optimum")
@@ -57,6 +68,17 @@ def test_theorem1_every_class_has_a_member_that_a_policy_represents(world):
         near(theory.class_gap(member, scale * world.r), 0.0, "the member is in the class", 1e-11)
         policy = world.ref + member / BETA
         near(policy.exp().sum(-1), 1.0, "and β log π/π_ref of a π that sums to 1")
+
+
+def test_theorem1_fails_where_the_reference_never_samples_a_completion(world):
+    """Two rewards that differ there alone are of two classes, and have one optimum."""
+    other, never, hardly = world.r.clone(), world.ref.clone(), world.ref.clone()
+    other[:, 0], never[:, 0], hardly[:, 0] = world.r[:, 0] + 1, -math.inf, math.log(1e-6)
+    assert (theory.class_gap(world.r, other) > 0.9).all() and \
+        (theory.optimum_gap(hardly, world.r, other, BETA) > 0).all(), "two classes, two optima"
+    near(theory.optimum_gap(never, world.r, other, BETA), 0.0, "one optimum")
+    member = theory.class_member(never, world.r, BETA)
+    assert member[:, 0].isnan().all() and member[:, 1:].isfinite().all(), "no member there"
 
 
 def test_eq08_projects_once_and_stays_in_the_class(world):
