@@ -33,9 +33,12 @@ STYLES = {  # method: label, colour, marker, line; the colours differ in grey pr
     "preferred-ft": ("Preferred-FT", "#58217f", "P", (0, (1, 1))),
     "best-of-n": ("Best-of-N by r*", "#96775f", "X", (0, (3, 1, 1, 1, 1, 1))),
     "best-of-n-learned": ("Best-of-N by r_φ", "#e0bb3c", "h", (0, (4, 3))),
+    "best-of-n-implicit": ("Best-of-N by DPO's r̂", "#a83279", "p", (0, (2, 2))),
     "sft": ("SFT = π_ref", "#000000", "*", "-"),
     "dpo-soft": ("DPO, soft labels", "#a3101f", "^", "-."),
-    "dpo-sampled": ("DPO, sampled labels", "#f78b43", "s", "--")}
+    "dpo-sampled": ("DPO, sampled labels", "#f78b43", "s", "--"),
+    "dpo-online": ("online DPO, labels by r*", "#a3101f", "^", "-."),
+    "dpo-self": ("online DPO, labels by its own r̂", "#f78b43", "s", "--")}
 KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, from 0 to 1"
 
 
@@ -59,9 +62,10 @@ def reference(points: list[dict]) -> dict:
                     "train.py --stage frontier`")
 
 
-def reliable_optimum(points: list[dict]) -> list[dict]:
-    """The optimum's points that rest on at least 3 effective samples per prompt, by KL."""
-    return sorted((p for p in series(points, "optimum") if (p["ess"] or 0) >= 3),
+def reliable_optimum(points: list[dict], method: str = "optimum") -> list[dict]:
+    """The optimum's points that rest on at least 3 effective samples per prompt, by KL. The same
+    of additive-tilt."""
+    return sorted((p for p in series(points, method) if (p["ess"] or 0) >= 3),
                   key=lambda p: p["kl"])
 
 
@@ -74,7 +78,7 @@ def seed_means(points: list[dict], *keys: str) -> dict[str, np.ndarray]:
             for setting, steps in runs.items()}
 
 
-def envelope(kl, reward, at, start, flat: bool = False) -> np.ndarray:
+def envelope(kl, reward, at, start, flat: bool = False, judges=None) -> np.ndarray:
     """The best mean reward that mixtures of π_ref and some policies have at given KLs, in nats.
 
     kl, reward (..., n): the policies, NaN where one is missing; at (m,) or (..., m): the KLs;
@@ -82,34 +86,67 @@ def envelope(kl, reward, at, start, flat: bool = False) -> np.ndarray:
     past the largest KL, where nothing was measured, unless `flat`.
     Let a coin choose between two policies for each prompt: the reward lies on the straight line
     between theirs, and the KL, being convex, is no larger than there. So mixtures reach the hull.
-    The hull of noisy points lies a little high, as every maximum does.
+    The hull of noisy points lies too high, as every maximum does. judges: kl, reward, start of the
+    same policies on other prompts. Then the mixtures are chosen by the former and judged by these,
+    without that bias; if a mixture has another KL there, its reward goes along the hull to `at`.
     """
-    kl, reward, at = np.asarray(kl, float), np.asarray(reward, float), np.asarray(at, float)
-    k = np.zeros(kl.shape[:-1] + (1,))
-    r = k + np.asarray(start)[..., None]
-    past = at > np.nanmax(kl, -1, keepdims=True)
-    height = np.where(past & (not flat), np.nan, np.inf)
+    def with_reference(kl, reward, start):  # two (..., n + 1)
+        kl, reward = np.asarray(kl, float), np.asarray(reward, float)
+        zero = np.zeros(kl.shape[:-1] + (1,))
+        return (np.concatenate([zero, kl], -1),
+                np.concatenate([zero + np.asarray(start)[..., None], reward], -1))
+
+    def of(x, i):
+        return np.take_along_axis(x, i, -1)
+
+    kl, reward = with_reference(kl, reward, start)
+    kl_there, reward_there = with_reference(*judges) if judges else (kl, reward)
+    at, i = np.asarray(at, float), np.zeros(kl.shape[:-1] + (1,), int)  # i: π_ref, at first
+    height = np.full(np.broadcast_shapes(kl.shape[:-1] + (1,), at.shape), np.nan)
     while True:  # from π_ref to the point of steepest rise, and on from there until none rises
         with np.errstate(divide="ignore", invalid="ignore"):
-            slopes = np.where((kl > k) & (reward > r), (reward - r) / (kl - k), 0)  # (..., n)
-        best = slopes.argmax(-1)[..., None]
-        slope = np.take_along_axis(slopes, best, -1)
-        height = np.minimum(height, r + slope * (at - k))  # a concave hull is below all its lines
+            k, r = of(kl, i), of(reward, i)
+            slopes = np.where((kl > k) & (reward > r), (reward - r) / (kl - k), 0)  # (..., n + 1)
+            slope = slopes.max(-1, keepdims=True)
+            best = np.where(slope > 0, slopes.argmax(-1)[..., None], i)
+            t = np.where(slope > 0, (at - k) / (of(kl, best) - k), 0)  # best's share of the mixture
+        there = [of(x, i) + t * (of(x, best) - of(x, i)) for x in (kl_there, reward_there)]
+        height = np.where(at >= k, there[1] + slope * (at - there[0]), height)
         if not slope.any():
-            return height
-        k, r = (np.where(slope > 0, np.take_along_axis(x, best, -1), old)
-                for x, old in ((kl, k), (reward, r)))
+            past = at > np.nanmax(kl, -1, keepdims=True)
+            return np.where(past & (not flat), np.nan, height)
+        i = best
 
 
 # ------------------------------------------------------------------------------ Figure 2
 
 def frontier(points: list[dict]) -> Figure:
-    """Figure 2: reward against KL, each method's points and envelope, the optimum above them."""
-    figure, beyond = Figure(figsize=(11, 6.5), layout="constrained"), []
-    start = reference(points)["reward"]
+    """Figure 2: reward against KL, each method's points and envelope, the optimum above them. On
+    the right every trained policy's point, also those past the KLs of the left."""
+    figure = Figure(figsize=(14, 6.5), layout="constrained")
     shown = {m: mine for m in STYLES if not m.startswith("dpo-") and (mine := series(points, m))}
-    ax = figure.subplots()
-    limit = plot_optimum(ax, points, sum(shown.values(), []))
+    ax, far = figure.subplots(1, 2, width_ratios=(2, 1))
+    limit = plot_methods(ax, points, shown)
+    for method, mine in shown.items():
+        if method != "sft" and not method.startswith("best-of-n"):
+            plot_points(far, [p for p in mine if p["kl"] > 0.1], method, ms=4, label=None)
+            for setting, steps in seed_means(mine, "kl", "reward").items():
+                if steps[-1, 0] > limit:
+                    far.annotate(setting, steps[-1], (-4, 7), ha="right", fontsize=8,
+                                 textcoords="offset points", color=STYLES[method][1])
+    if best := [p for p in reliable_optimum(points) if p["kl"] > 0.1]:
+        far.plot(*([p[key] for p in best] for key in ("kl", "reward")), "k-", lw=3)
+    far.axvline(limit, color="grey", lw=1, ls=":")
+    far.set(xscale="log", xlabel=KL, title="trained policies, also far out")
+    return finish(figure, points, "Light: every point, ± 1 standard error; lines: upper envelopes "
+                  "of the means over seeds. Best-of-N stands at log N - (N-1)/N, a bound on its "
+                  "KL.")
+
+
+def plot_methods(ax, points: list[dict], shown: dict[str, list[dict]]) -> float:
+    """The optimum, and of each method its points and their envelope -> the KL where the axes
+    end."""
+    start, limit = reference(points)["reward"], plot_optimum(ax, points, sum(shown.values(), []))
     for method, mine in shown.items():
         if method == "sft":
             plot_points(ax, mine, method, ms=13, zorder=4)
@@ -121,11 +158,7 @@ def frontier(points: list[dict]) -> Figure:
         at = np.unique([0, *on[on < limit], min(limit, kl.max())])
         ax.plot(at, envelope(kl, reward, at, start), color=colour, ls=line, lw=1.8, ms=6,
                 marker=marker, markevery=np.flatnonzero(np.isin(at, on)).tolist(), label=label)
-        if far := sum(p["kl"] > limit for p in mine):
-            beyond.append(f"{far} of {label}")
-    return finish(figure, points, "Light: every point, ± 1 standard error; lines: upper envelopes "
-                  "of the means over seeds. Best-of-N stands at log N - (N-1)/N, a bound on its KL."
-                  + f" Past KL {limit:g} and not shown: {', '.join(beyond)}." * bool(beyond))
+    return limit
 
 
 def plot_points(ax, points: list[dict], method: str, **style) -> None:
@@ -145,6 +178,9 @@ def plot_optimum(ax, points: list[dict], shown: list[dict]) -> float:
         ax.plot(kl, reward, "k-", lw=3, label="optimum, Eq. 4")
         ax.fill_between(kl, reward, 2, hatch="///", facecolor="#f6f6f6", edgecolor="#d0d0d0", lw=0,
                         label="above it: out of reach")
+    if tilt := [p for p in reliable_optimum(points, "additive-tilt") if p["kl"] <= limit]:
+        ax.plot(*([p[key] for p in tilt] for key in ("kl", "reward")), "k--", lw=1.2,
+                label="best tilt that adds up over words")
     rewards = [p["reward"] for p in shown if p["kl"] <= limit] or [p["reward"] for p in shown]
     low, high = min(rewards), max(rewards + [p["reward"] for p in best])
     pad = 0.06 * (high - low) + 0.005
@@ -164,17 +200,19 @@ def finish(figure: Figure, points: list[dict], text: str) -> Figure:
 
 
 def caption(points: list[dict]) -> str:
-    """The experiment in one line: preset, model, the trained methods' seeds, test prompts."""
+    """The experiment in one line: preset, model, the trained methods' seeds, test prompts.
+    A seed changes the order of the batches, or the rollouts; π_ref and the pairs stay."""
     p, methods = points[0], {}  # seeds -> the methods that have them
     for method in STYLES:
         seeds = ", ".join(map(str, sorted({x["seed"] for x in series(points, method)})))
-        if seeds and method not in ("sft", "best-of-n", "best-of-n-learned"):
+        if seeds and method != "sft" and not method.startswith("best-of-n"):
             methods.setdefault(seeds, []).append(method)
     usual = max(methods, key=lambda seeds: len(methods[seeds]), default="0")
     others = "".join(f" ({', '.join(names)}: {seeds})" for seeds, names in methods.items()
                      if seeds != usual)
-    return (f"Preset {p['preset']}, {p['model']}; seed{'s' * (',' in usual)} {usual}{others}; "
-            f"{len(p['rewards'])} test prompts")
+    return (f"Preset {p['preset']}, {p['model']}; seed{'s' * (',' in usual)} {usual}{others}, of "
+            f"batch order and rollouts alone (one π_ref, one set of pairs); {len(p['rewards'])} "
+            "test prompts")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> Path:

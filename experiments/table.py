@@ -9,44 +9,49 @@ import numpy as np
 
 from plot_frontier import STYLES, caption, envelope, kl_range, reference, reliable_optimum, series
 
+IDEALS = ("optimum", "additive-tilt")  # computed from π_ref's samples: no policy is trained
+
 
 def replicates(points: list[dict], counts, rng) -> tuple[np.ndarray, np.ndarray]:
-    """KL and reward (R, n) in each replicate of a method's n different (setting, step)s.
+    """KL and reward (2, R, n) in each replicate of a method's n different (setting, step)s.
 
-    They are means over the drawn prompts and seeds. counts (R, P): how often each prompt was drawn.
-    Seeds are drawn here, once for all settings that have the same; NaN where a (setting, step) has
-    none of those drawn.
+    They are means over the drawn prompts and seeds. counts (2, R, P): how often each prompt was
+    drawn, in either half of them. Seeds are drawn here, once for all settings that have the same;
+    NaN where a (setting, step) has none of those drawn.
     """
     seeds = {setting: tuple(sorted({p["seed"] for p in points if p["setting"] == setting}))
              for setting in dict.fromkeys(p["setting"] for p in points)}
     drawn = {}  # seeds -> (R, seeds), how often each was drawn
     for own in dict.fromkeys(seeds.values()):
-        drawn[own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), len(counts))
+        drawn[own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), counts.shape[1])
         drawn[own][0] = 1
     times = np.stack([drawn[own][:, own.index(p["seed"])]
                       for p in points for own in [seeds[p["setting"]]]], 1)  # (R, points)
     keys = [(p["setting"], p["step"]) for p in points]
     member = np.array([[key == own for own in dict.fromkeys(keys)] for key in keys], float)
     with np.errstate(invalid="ignore"):
-        return tuple(times * (counts @ np.array([p[x] for p in points]).T / len(counts[0]))
-                     @ member / (times @ member) for x in ("kls", "rewards"))
+        return tuple(times * means(counts, [p[x] for p in points]) @ member / (times @ member)
+                     for x in ("kls", "rewards"))
+
+
+def means(counts, values) -> np.ndarray:
+    """Of values (n, P) over the drawn prompts: (2, R, n)."""
+    return counts @ np.array(values).T / counts.sum(-1, keepdims=True)
 
 
 def interval(values) -> tuple[float, float, float] | None:
-    """Replicates (R,) -> the sample's value and the ends of its 95 % interval; None for a NaN.
-
-    The interval is 2 value - quantiles. An envelope is a maximum: the replicates lie above the
-    sample's by as much as the sample's lies above the truth. Quantiles would be too high twice.
-    """
-    value = float(values[0])
-    ends = 2 * value - np.percentile(values[1:], (97.5, 2.5))
+    """Replicates (R,) -> the sample's value and the ends of its 95 % interval; None for a NaN."""
+    value, ends = float(values[0]), np.percentile(values[1:], (2.5, 97.5))
     return None if math.isnan(value) else (value, *ends.tolist())
 
 
 def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict]:
     """One row per method, the optimum first: what it has at each KL of the preset, and its cost.
 
-    reward: KL -> (value, low, high) on the method's envelope, None past its largest KL.
+    reward: KL -> (value, low, high) of the best mixture of a method's policies, None past its
+    largest KL. Mixtures are chosen on every second prompt and judged on the others, and the other
+    way round (cross-fit); the value is the mean of both. A mixture that is judged on the prompts
+    that chose it looks better than it is, the more so the fewer its settings and seeds.
     share: KL -> the same for its part of the optimal gain, (r - r_ref) / (r_opt - r_ref).
     The 95 % intervals are over seeds and prompts; shares are paired, as a replicate has the same
     prompts for all methods.
@@ -55,27 +60,36 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
     """
     kls = kl_range(points[0]["preset"])[0]
     at, P, rng, rows = np.array(kls, float), len(points[0]["kls"]), np.random.default_rng(seed), []
-    counts = np.vstack([np.ones(P), rng.multinomial(P, np.full(P, 1 / P), bootstrap)])
-    start = counts @ reference(points)["rewards"] / P  # (R,)
-    best = np.full((len(counts), len(at)), np.nan)  # the optimum's reward
-    others = sorted({p["method"] for p in points} - {*STYLES, "optimum"})
-    for method in ["optimum", *(m for m in STYLES if m != "sft"), *others]:
-        mine = reliable_optimum(points) if method == "optimum" else series(points, method)
+    counts = np.zeros((2, 1 + bootstrap, P))  # the first replicate is the sample itself
+    for half in (0, 1):
+        n = len(range(half, P, 2))
+        counts[half, 0, half::2] = 1
+        counts[half, 1:, half::2] = rng.multinomial(n, np.full(n, 1 / n), bootstrap)
+    start = means(counts, [reference(points)["rewards"]])[..., 0]  # (2, R)
+    best = np.full((*start.shape, len(at)), np.nan)  # the optimum's reward
+    others = sorted({p["method"] for p in points} - {*STYLES, *IDEALS})
+    for method in [*IDEALS, *(m for m in STYLES if m != "sft"), *others]:
+        mine = reliable_optimum(points, method) if method in IDEALS else series(points, method)
         if not mine:
             continue
         kl, reward = replicates(mine, counts, rng)
-        if method == "optimum":
-            best = values = np.array([np.interp(at, *x, left=np.nan) for x in zip(kl, reward)])
+        if method in IDEALS:
+            values = np.apply_along_axis(lambda x: np.interp(at, *np.split(x, 2), left=np.nan), -1,
+                                         np.concatenate([kl, reward], -1))
         else:  # flat: a replicate's last point may fall short of the sample's KL
-            values = envelope(kl, reward, at, start, flat=True)
-        values[:, at > kl[0].max()] = np.nan
-        shares = (values - start[:, None]) / (best - start[:, None])
+            values = envelope(kl, reward, at, start, flat=True,
+                              judges=(kl[::-1], reward[::-1], start[::-1]))[::-1]
+        if method == "optimum":
+            best = values
+        largest = float(kl[:, 0].mean(0).max())
+        values[..., at > largest] = np.nan
+        shares = (values - start[..., None]).mean(0) / (best - start[..., None]).mean(0)
         last = {(p["setting"], p["seed"]): p for p in sorted(mine, key=lambda p: p["step"])}
-        row = dict(method=method, largest=float(kl[0].max()), runs=len(last),
+        row = dict(method=method, largest=largest, runs=len(last),
                    seeds=len({p["seed"] for p in mine}),
-                   reward=dict(zip(kls, map(interval, values.T))),
+                   reward=dict(zip(kls, map(interval, values.mean(0).T))),
                    share=dict(zip(kls, map(interval, shares.T))))
-        total = max if method.startswith(("optimum", "best-of-n")) else sum
+        total = max if method.startswith((*IDEALS, "best-of-n")) else sum
         for key in ("seconds", "samples"):
             known = [p[key] for p in last.values() if p[key] is not None]
             row[key] = total(known) if known else None
@@ -95,7 +109,7 @@ def excesses(points: list[dict]) -> list[tuple[float, dict]]:
     for p in points:
         kl = np.mean(p["kls"])
         i = np.searchsorted(edges, kl)
-        if p["method"] not in ("optimum", "sft") and p["temperature"] == 1 and 0 < i < len(best):
+        if p["method"] not in (*IDEALS, "sft") and p["temperature"] == 1 and 0 < i < len(best):
             width = edges[i] - edges[i - 1]
             k_opt, r_opt = (x[i - 1] + (kl - edges[i - 1]) / width * (x[i] - x[i - 1])
                             for x in (k, r))
@@ -123,8 +137,9 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
     at, costs = [f"KL {kl}" for kl in kls], "runs seeds seconds samples".split()
     return "\n\n".join([
         f"{caption(points)}; π_ref's mean true reward {ref['reward']:.3f} ± {ref['reward_se']:.3f}."
-        " In brackets: 95 % bootstrap intervals over prompts and seeds.",
-        block("Mean true reward on a method's upper envelope, at a KL in nats", at,
+        " Mixtures are chosen on half of the prompts and judged on the other half. In brackets: "
+        "95 % bootstrap intervals over prompts and seeds.",
+        block("Mean true reward of a method's best mixture of policies, at a KL in nats", at,
               [r["reward"].values() for r in rows]),
         block("Share of the optimal gain at that KL, (r - r_ref) / (r_opt - r_ref)", at,
               [r["share"].values() for r in rows]),

@@ -41,7 +41,7 @@ def frontier_point(method, setting="", kl=0.0, reward=START, noise=0.0, **more) 
     return dict(preset="toy", model="0.19M parameters", method=method, setting=setting, seed=0,
                 step=0, temperature=1.0, reward=float(np.mean(rewards)), reward_se=0.01, kl=kl,
                 kl_se=0.02, kl_mc=kl, kl_mc_se=0.05, length=28.0, eos=0.99, distinct2=0.2,
-                repetition=0.0, grammatical=0.9, ref_ppl=2.8, reward_learned=None, win=None,
+                repetition=0.0, grammatical=0.9, ref_ppl=2.8, win=None,
                 ess=None, seconds=None, samples=None, rewards=rewards.tolist(),
                 kls=(kl * (1 + SPREAD)).tolist()) | more
 
@@ -55,7 +55,7 @@ def run_of(method, setting, kls, share, **more) -> list[dict]:
 
 def world() -> list[dict]:
     """π_ref, the optimum, a policy on it, one half-way, and one that stays near π_ref."""
-    return [frontier_point("sft", win=0.5, reward_learned=0.0), *(
+    return [frontier_point("sft", win=0.5), *(
         frontier_point("optimum", f"1/beta={kl:g}", kl, best_reward(kl), ess=40 / kl)
         for kl in GRID), *run_of("dpo", "beta=1", GRID, 1.0), *run_of("ppo", "target=3", GRID, 0.5),
         *run_of("preferred-ft", "", [0.1, 0.2], 0.8)]
@@ -65,11 +65,13 @@ def full_world() -> list[dict]:
     """All that one sweep may hold: every method, three seeds, temperatures, points far away."""
     points = world()
     for seed in (0, 1, 2):
-        points += run_of("dpo", "beta=0.05", [1, 4, 9, 20], 1.0, seed=seed, reward_learned=0.2)
+        points += run_of("dpo", "beta=0.05", [1, 4, 9, 20], 1.0, seed=seed)
         points += run_of("plackett-luce", "beta=1", GRID[::6], 0.9, seed=seed)
-        points += run_of("ppo", "target=1", GRID[:10], 0.6, seed=seed, reward_learned=1.0 + seed)
+        points += run_of("ppo", "target=1", GRID[:10], 0.6, seed=seed)
         points += run_of("ppo-gt", "target=1", GRID[:12], 0.9, seed=seed)
         points += run_of("unlikelihood", "alpha=1", GRID[::5], 0.6, seed=seed)
+        points += run_of("dpo-online", "beta=3", GRID[4:30:5], 0.98, seed=seed)
+        points += run_of("dpo-self", "beta=3", GRID[4:30:5], 0.85, seed=seed)
     for method in ("best-of-n", "best-of-n-learned"):
         points += [frontier_point(method, f"N={n}", k, START + 0.7 * (best_reward(k) - START))
                    for n in (1, 4, 64) if (k := math.log(n) - (n - 1) / n) >= 0]
@@ -209,6 +211,18 @@ def test_the_envelope_is_flat_after_its_top_and_ends_with_the_points():
                                err_msg="at KL 0 there is only π_ref")
 
 
+def test_mixtures_chosen_on_some_prompts_are_judged_on_others():
+    kl, reward, start = [1.0, 3.0], [0.7, 0.9], 0.5
+    own = envelope(kl, reward, [0.5, 2, 4], start, flat=True)
+    np.testing.assert_allclose(envelope(kl, reward, [0.5, 2, 4], start, True,
+                                        judges=(kl, reward, start)), own)
+    got = envelope(kl, reward, [0.5, 2, 4], start, True, judges=([1.0, 3.0], [0.6, 0.8], 0.4))
+    np.testing.assert_allclose(got, own - 0.1, err_msg="the same mixtures, 0.1 worse there")
+    got = envelope(kl, reward, [0.5, 2, 4], start, True, judges=([1.1, 3.2], [0.7, 0.9], 0.5))
+    # half of each: KL 0.05 and 0.15 too large, given back along the hull; past the top as it is
+    np.testing.assert_allclose(got, [0.6 - 0.2 * 0.05, 0.8 - 0.1 * 0.15, 0.9])
+
+
 def test_many_envelopes_at_once_are_those_one_by_one_and_a_nan_is_no_point():
     rng = np.random.default_rng(1)
     kl, reward = rng.uniform(0.01, 4, (30, 12)), rng.uniform(0, 1, (30, 12))
@@ -233,8 +247,8 @@ def test_a_caption_names_the_methods_that_have_other_seeds_than_most():
     points = [frontier_point(method, "", 1.0, 0.6) | dict(seed=seed) for method, seeds in (
         ("dpo", (0, 1)), ("ppo", (0, 1)), ("dpo-soft", (0,)), ("dpo-sampled", (0,)),
         ("preferred-ft", (0, 1)), ("best-of-n", (0,))) for seed in seeds]
-    assert "; seeds 0, 1 (dpo-soft, dpo-sampled: 0); " in caption(points)
-    assert "; seed 0; " in caption(points[:1])
+    assert "; seeds 0, 1 (dpo-soft, dpo-sampled: 0), of batch order" in caption(points)
+    assert "; seed 0, of batch order" in caption(points[:1])
 
 
 # ------------------------------------------------------------------------------ Figure 2
@@ -249,8 +263,25 @@ def test_fig2_has_labels_units_and_a_caption_and_nothing_is_cut_off(figure2):
     assert "nats" in ax.get_xlabel() and "from 0 to 1" in ax.get_ylabel()
     for words in ("Preset toy", "0.19M parameters", "seeds 0, 1, 2", "60 test prompts"):
         assert words in text
-    assert "not shown: 6 of DPO." in text, "points past the end of the figure are counted"
     assert_nothing_is_cut_off(figure2)
+
+
+def test_fig2_has_a_second_panel_with_the_points_past_the_end_of_the_first(figure2):
+    near, far = figure2.axes
+    assert far.get_xscale() == "log" and far.get_xlim()[1] > 20 > near.get_xlim()[1] == 5
+    drawn = np.concatenate([c.lines[0].get_xdata() for c in errorbars_of(far)])
+    beyond = sorted(p["kl"] for p in full_world() if p["kl"] > 5 and p["temperature"] == 1)
+    assert sorted(drawn[drawn > 5]) == beyond and len(beyond) == 6
+    assert not near.get_ylim()[1] < near.get_lines()[0].get_ydata().max()
+
+
+def test_fig2_has_the_additive_tilt_as_a_second_dashed_line():
+    tilt = [frontier_point("additive-tilt", f"1/beta={kl:g}", kl, 0.95 * best_reward(kl), ess=9)
+            for kl in GRID]
+    line, = [x for x in frontier(world() + tilt).axes[0].get_lines()
+             if "adds up over words" in str(x.get_label())]
+    np.testing.assert_allclose(line.get_ydata(), 0.95 * best_reward(GRID))
+    assert line.get_linestyle() == "--"
 
 
 def test_fig2_has_one_line_per_method_on_its_envelope(figure2):
@@ -286,7 +317,7 @@ def test_fig2_shows_every_point_with_both_standard_errors(figure2):
     np.testing.assert_allclose([np.ptp(sideways.get_segments()[0][:, 0]),
                                 np.ptp(upright.get_segments()[0][:, 1])], [0.04, 0.02])
     shown = [p for p in full_world() if p["temperature"] == 1
-             and p["method"] not in ("optimum", "dpo-soft", "dpo-sampled")]
+             and p["method"] != "optimum" and not p["method"].startswith("dpo-")]
     assert sum(len(c.lines[0].get_xdata()) for c in bars) == len(shown), "a point is not drawn"
 
 
@@ -298,13 +329,13 @@ def test_methods_can_be_told_apart_in_grey():
         return 116 * np.cbrt(y) - 16  # L* of CIE 1976, 0 to 100
 
     grey = sorted(lightness(look[1]) for m, look in STYLES.items()
-                  if m not in ("sft", "dpo-soft", "dpo-sampled"))  # these are in other figures
+                  if m != "sft" and not m.startswith("dpo-"))  # these are in other figures
     assert np.diff(grey).min() > 5 and grey[-1] < 80, f"L* {np.round(grey)}"
 
 
-def test_the_same_points_give_the_same_svg(figure2, tmp_path):
+def test_the_same_points_give_the_same_svg(tmp_path):
     one, two = (save_figure(figure, tmp_path / name).read_bytes() for figure, name in (
-        (figure2, "one.svg"), (frontier(full_world()), "two.svg")))
+        (frontier(full_world()), "one.svg"), (frontier(full_world()), "two.svg")))
     assert one == two and one.lstrip().startswith(b"<?xml")
 
 

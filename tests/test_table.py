@@ -19,7 +19,7 @@ def test_the_table_finds_what_was_put_in():
     for kl in (1, 2, 3):
         for method, share in (("optimum", 1), ("dpo", 1), ("ppo", 0.5)):
             value, low, high = rows[method]["reward"][kl]
-            np.testing.assert_allclose(value, START + share * (best_reward(kl) - START), atol=1e-9)
+            np.testing.assert_allclose(value, START + share * (best_reward(kl) - START), atol=2e-4)
             np.testing.assert_allclose(rows[method]["share"][kl], share, atol=1e-3,
                                        err_msg="prompts differ alike in all: shares are paired")
             assert low < value < high, "prompts differ, so the reward is uncertain"
@@ -48,7 +48,8 @@ def test_seeds_are_drawn_again_too():
             points += run_of("dpo", "beta=1", GRID, 0.8, seed=seed, noise=shift)
         row = table(points, bootstrap=300)[1]
         value, low, high = row["reward"][2]
-        assert value == pytest.approx(START + 0.8 * (best_reward(2) - START)), "the seeds' mean"
+        truth = START + 0.8 * (best_reward(2) - START)
+        assert value == pytest.approx(truth, abs=2e-4), "the seeds' mean"
         return high - low
 
     assert width(3) > 1.5 * width(1), "runs that differ by their seed must widen the interval"
@@ -58,19 +59,23 @@ def test_seeds_are_drawn_again_too():
     assert np.isfinite(row["reward"][2]).all(), "only one seed has the last step"
 
 
-def test_the_intervals_cover_the_truth_although_the_envelope_takes_the_best_of_noise():
-    """Twenty noisy points near one curve: their envelope is a maximum, and lies too high."""
+def test_the_table_is_not_too_high_although_the_envelope_takes_the_best_of_noise():
+    """Twenty noisy points near one curve: their envelope is a maximum, and lies too high. On other
+    prompts than those that chose it, it does not."""
     rng, kls = np.random.default_rng(3), np.linspace(0.2, 3.4, 20)
-    covered, off, trials = 0, 0.0, 40
+    truth = envelope(kls, best_reward(kls) - 0.1, [2.0], START)[0]
+    covered, off, hull_off, trials = 0, 0.0, 0.0, 40
     for _ in range(trials):
         points = world()[: len(GRID) + 1] + [
             frontier_point("dpo", f"beta={i}", kl, best_reward(kl) - 0.1,
                            noise=rng.normal(size=P) * 0.15) for i, kl in enumerate(kls)]
         value, low, high = table(points, bootstrap=150)[1]["reward"][2]
-        truth = envelope(kls, best_reward(kls) - 0.1, [2.0], START)[0]
+        hull = envelope(*np.array([(p["kl"], p["reward"]) for p in points if p["method"] == "dpo"]
+                                  ).T, [2.0], START)[0]
         covered += low <= truth <= high
-        off += (value - truth) / trials
-    assert off > 0, "a maximum over noise should lie too high here"
+        off, hull_off = off + (value - truth) / trials, hull_off + (hull - truth) / trials
+    assert hull_off > 0.005, "a maximum over noise should lie too high here"
+    assert -0.012 < off < 0.001, off
     assert covered >= 0.85 * trials, f"{covered} of {trials} intervals hold the truth"
 
 
@@ -135,7 +140,7 @@ def test_the_text_is_markdown_that_lines_up_and_says_what_is_missing():
     assert cells[2][0] == ["runs", "seeds", "seconds", "samples"]
     assert cells[2][3] == ["1", "1", "350", "3,500"] and cells[2][2][2:] == ["-", "-"]
     assert "preferred-ft has no point at KL 1 or beyond: its largest KL is 0.20." in text
-    assert "60 test prompts" in text and "seed 0;" in text and "0.19M parameters" in text
+    assert "60 test prompts" in text and "; seed 0, of" in text and "0.19M parameters" in text
     imdb = [p | dict(preset="imdb") for p in points]
     assert "KL 10" in table_text(imdb, table(imdb, 5)) and "KL 10" not in text
 
