@@ -11,6 +11,7 @@ is the sum over the whole text.
 """
 
 import argparse
+import json
 import math
 import random
 import re
@@ -78,6 +79,7 @@ GRAMMAR = {
         "the {writing} and the {craft} were {quality}",
         "the {aspect} was a {verdict}",
         "the {aspect} {verb}", "the {aspects} {verb}",
+        "it was {quality}", "it {verb}",
         "{person} was {quality}", "{person} gave a {praise} performance"],
     "closer": [
         "{lead}, {feeling}.",
@@ -118,6 +120,34 @@ GRAMMAR = {
     "count": "first third fourth fifth latest".split(),
 }
 
+# Words that no review has, to prompt with: symbols that replace the grammar's. The polar words are
+# the same, so the score stays exact. Lists have single words, none of which needs "an".
+UNSEEN = {
+    "unseen words": {
+        "shade": "Broken Golden Frozen Winter Purple Copper Scarlet Burning Stolen Savage".split(),
+        "thing": "Compass Forest Window Feather Clock Palace Ocean Shadow Candle Market".split(),
+        "first": "Peter Julia Martin Sarah Daniel Emma Robert Paula Ruth Ivan".split(),
+        "last": "Fisher Porter Moreau Santos Larsen Tanaka Becker Carter Murphy Holm".split(),
+        "genre": "slasher parody farce tragedy melodrama satire romcom pastiche".split(),
+        "place": "Norway Cairo Texas Berlin Brazil Madrid Prague Boston".split(),
+        "companion": "nephew niece wife husband boss barber landlord roommate".split()},
+    "another domain": {
+        "fact": [
+            "this {venue} serves {dish} and {dish}.",
+            "this {venue} has a {room} and a {room}.",
+            "the {dish} at this {venue} came with {dish}.",
+            "we ate {dish} at a {venue} in {place}.",
+            "I stayed at a {venue} with my {companion}.",
+            "my {companion} booked a {venue} with a {room}."],
+        "judgement": [
+            "the {dish} at this {venue} was {quality}.",
+            "I found the {room} of this {venue} {quality}.",
+            "this {venue} with a {room} is a {verdict}."],
+        "venue": "restaurant bistro tavern diner hostel guesthouse lodge motel".split(),
+        "dish": "soup curry bread salad coffee steak breakfast dessert".split(),
+        "room": "terrace lobby pool kitchen shower mattress bathroom garage".split()},
+}
+
 LEXICON = {word: sign * STRENGTH[symbol]     # polar word -> what it is worth by itself
            for symbol, pools in POLAR.items() for sign, phrases in pools.items()
            for word in re.findall(r"\*(\w+)", " ".join(phrases))}
@@ -134,16 +164,24 @@ def parse_template(template: str) -> tuple[str, list[tuple[str, int, float, str]
                   for minus, symbol, factor, tail in slots]
 
 
-def expand(symbol: str, sign: int, rng: random.Random) -> tuple[str, float]:
-    """A random text of `symbol` leaning to `sign` (+1, -1), and the score of the choices made."""
+def expand(symbol: str, sign: int, rng: random.Random, used: set[str],
+           grammar: dict[str, list[str]] = GRAMMAR) -> tuple[str, float]:
+    """A random text of `symbol` leaning to `sign` (+1, -1), and the score of the choices made.
+
+    `used` holds the words and judgements that the review has already: it repeats none.
+    """
     if symbol in POLAR:
         options, meant = POLAR[symbol][sign], sign * STRENGTH[symbol]
     else:
-        options, meant = GRAMMAR[symbol], 0.0
+        options, meant = grammar[symbol], 0.0
+    options = [option for option in options if option not in used]
     # random() alone draws the same numbers in every Python version; choice() need not
-    text, slots = parse_template(options[int(rng.random() * len(options))])
+    option = options[int(rng.random() * len(options))]
+    text, slots = parse_template(option)
+    if symbol in POLAR or not slots:
+        used.add(option)
     for child, flip, factor, tail in slots:
-        words, worth = expand(child, sign * flip, rng)
+        words, worth = expand(child, sign * flip, rng, used, grammar)
         text += words + tail
         meant += factor * worth
     return text, meant
@@ -152,13 +190,15 @@ def expand(symbol: str, sign: int, rng: random.Random) -> tuple[str, float]:
 def compose(rng: random.Random) -> tuple[str, float]:
     """One review and its intended score: an opener, one or two body sentences, perhaps a closer.
 
-    The review draws a leaning p, and each sentence is positive with probability p.
+    The review draws a leaning p, near 0 or 1 more often than between, and each sentence is positive
+    with probability p. A closer sums up: it is positive if p > 1/2.
     """
-    leaning = rng.random()
+    leaning = math.sin(math.pi / 2 * rng.random()) ** 2
     parts = ["opener", "body"] + ["body"] * (rng.random() < 0.5) + ["closer"] * (rng.random() < 0.6)
-    sentences, total = [], 0.0
+    sentences, total, used = [], 0.0, set()
     for part in parts:
-        text, meant = expand(part, 1 if rng.random() < leaning else -1, rng)
+        positive = leaning > 0.5 if part == "closer" else rng.random() < leaning
+        text, meant = expand(part, 1 if positive else -1, rng, used)
         sentences.append(text[0].upper() + text[1:])
         total += meant
     return " ".join(sentences), total
@@ -168,6 +208,21 @@ def reviews(n: int, seed: int) -> list[str]:
     """n reviews. The same seed gives the same list, and a longer list begins with a shorter one."""
     rng = random.Random(seed)
     return [compose(rng)[0] for _ in range(n)]
+
+
+def dialogue(rng: random.Random) -> dict[str, str]:
+    """A preference in Anthropic-HH's form: a human asks once or twice about a film, and the answer
+    is a review without its opener. Of two answers the one of higher score is chosen."""
+    def some(symbol):
+        return expand(symbol, 1 if rng.random() < 0.5 else -1, rng, set())[0]
+
+    ask = "\n\nHuman: How was {}?\n\nAssistant:".format
+    shared = ask(f"{some('title')} by {some('person')}") if rng.random() < 0.5 else \
+        ask(some("title")) + f" It was {some('adjective')}." + ask(f"the {some('aspect')}")
+    worse, better = sorted((" " + compose(rng)[0].partition(". ")[2] for _ in range(2)), key=score)
+    if score(worse) == score(better):
+        return dialogue(rng)
+    return {"chosen": shared + better, "rejected": shared + worse}
 
 
 # --- The score: from any text, whoever wrote it, to what it is worth ---------------------------
@@ -244,7 +299,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Print toy reviews and their true sentiment.")
     parser.add_argument("-n", type=int, default=5, help="how many reviews (5)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other reviews (0)")
+    parser.add_argument("--dialogues", type=int, default=0, metavar="N", help="print N preferences "
+                        "between answers to a question about a film instead, as JSON lines")
     args = parser.parse_args(argv)
+    if args.dialogues:
+        rng = random.Random(args.seed)
+        for _ in range(args.dialogues):
+            print(json.dumps(dialogue(rng)))
+        return
     for text in sorted(reviews(args.n, args.seed), key=score):
         print(f"r* = {sentiment(text):.3f}   score {score(text):+.2f}")
         print(textwrap.indent(textwrap.fill(text, 88), "    ") + "\n")
