@@ -81,7 +81,9 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
         if evaluation and (last or (i + 1) % every == 0):
             state(i)  # a model of NaN is not evaluated
             found = evaluation()
-            check_finite(run, logged := without_texts(found), "the evaluation", i, saved)
+            # of other people's prompts the completions, too: --stage judge reads them
+            logged = found if job.cfg.groups else without_texts(found)
+            check_finite(run, logged, "the evaluation", i, saved)
             run.log(dict(step=i, eval=logged))
         if last or time.monotonic() - saved_at >= job.cfg.save_secs:
             run.checkpoint(dict(step=i + 1) | state(i))
@@ -110,14 +112,15 @@ def check_finite(run: Run, state, what: str, step: int, saved: int) -> None:
 
 def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
         schedule="cosine", optimizer="adamw", weight_decay=0.0, grad_clip=1.0, evaluate_every=0,
-        check=None, evaluation=None, unit="targets") -> dict | None:
+        check=None, evaluation=None, unit="targets", more_parts=None) -> dict | None:
     """Minimise a loss over `steps` optimizer steps, resuming from the run's last checkpoint.
 
     batches(step) -> (micro-batches, n): dicts of arrays, among them lengths (B,), and the number of
     terms of the whole step, each a `unit`. loss_fn(model, micro_batch) -> (the SUM of the terms,
     what to log: name -> (n,)). The sum over all micro-batches is divided by n once, so gradient
-    accumulation equals one large batch. check(row) may refuse the first row. Returns the last
-    evaluation.
+    accumulation equals one large batch. check(row) may refuse the first row. more_parts: what a
+    checkpoint holds besides; batches(step) then depends on the model after step - 1. Returns the
+    last evaluation.
     """
     cfg, device = job.cfg, job.device
     opt = make_optimizer(model, optimizer, lr, weight_decay)
@@ -154,7 +157,7 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
             logs.append(log)
         for name in compiled:
             delattr(body, name)  # sampling is one token at a time, and would compile again
-        if i + 1 < steps:
+        if i + 1 < steps and not more_parts:
             ready[i + 1] = prepare(i + 1)  # while the GPU works
         if not micro_batches:  # there are fewer than ranks: gradients of 0
             scaler.scale(0 * sum(p.sum() for p in model.parameters())).backward()
@@ -174,7 +177,8 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         return row | {"lr": rate, "tokens_per_s": tokens / seconds, f"{unit}_per_s": n / seconds,
                       "mfu": flops * tokens / seconds / (peak * ranks.WORLD)}
 
-    found = resumable(job, run, dict(model=model, optimizer=opt, scaler=scaler), steps, step,
+    parts = dict(model=model, optimizer=opt, scaler=scaler) | (more_parts or {})
+    found = resumable(job, run, parts, steps, step,
                       evaluation and (lambda: evaluation(model)), evaluate_every)
     model.eval()
     return found
@@ -382,7 +386,7 @@ def groups(job: Job, run: Run) -> None:
     A preference file (--groups) has its own completions: then there is no r* and no optimum.
     """
     cfg, data, reference = job.cfg, job.data, job.load_reference()
-    optimum, valid, valid_reward = [], [], None
+    optimum, valid = [], []
     if cfg.groups:
         groups, notes = job.groups, job.groups.dropped
         held = dict.fromkeys(tuple(groups.prompt_ids[i]) for i in job.split[1])
@@ -407,14 +411,13 @@ def groups(job: Job, run: Run) -> None:
                                     [1e9, *np.geomspace(20, 0.01, 40)])
         for point in optimum:
             del point["rewards"], point["kls"]  # of each prompt
-        valid_reward = job.evaluate(reference, reference, valid)["reward"]
     print(f"  groups: {len(groups.rewards):,} prompts of {groups.K} completions; left out or drawn "
           f"again: {', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
     ref_logps = score(job, reference, *groups.flat(range(len(groups.rewards))))
     point = job.evaluate(reference, reference, held_out)
     del point["seconds"]  # made again, the file is the same
     save_json(run.path("reference.json"), dict(point=point, optimum=optimum, prompts=held_out,
-                                               notes=notes, valid=valid, valid_reward=valid_reward))
+                                               notes=notes, valid=valid))
     write_whole(run.path("groups.jsonl"), lambda f: data_imdb.write_groups(f, groups, data.enc))
     run.finish(dict(ref_logps=ref_logps.view(-1, groups.K)))
 
@@ -460,6 +463,8 @@ def preference_loss(cfg: Settings):
     def loss_fn(model, micro_batch):
         names = "idx", "prompt_lens", "lengths", "ref_logps", "yw_idxs", "yl_idxs"
         idx, prompt_lens, lengths, ref_logps, yw, yl = (micro_batch[k] for k in names)
+        if cfg.loss == "reference-free":
+            ref_logps = torch.zeros_like(ref_logps)
         pi_logps = sequence_logps(model, idx, prompt_lens, lengths)
         rewards = dpo.implicit_reward(pi_logps.detach(), ref_logps, cfg.beta)
         if cfg.loss == "plackett-luce":
@@ -489,6 +494,8 @@ def preference_loss(cfg: Settings):
 
 def starts_at_reference(cfg: Settings, K: int):
     """check for `fit`: at step 0 π_θ = π_ref, so every margin is 0 and the loss is known."""
+    if cfg.loss == "reference-free":
+        return None
     # nats by which a log-prob differs where it is computed in batches of other shapes, or in half
     # precision by compiled code, which rounds less often
     nats = 0.005 if cfg.precision == "fp32" else 0.5 if cfg.compile else 0.2
@@ -525,9 +532,13 @@ def ranked(groups: data_imdb.Groups, train: list[int]) -> list[int]:
 HELD_OUT = 128  # held-out groups that an evaluation looks at
 
 
-def dpo_stage(job: Job, run: Run) -> None:
-    """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once."""
+def dpo_stage(job: Job, run: Run, fresh_groups=None) -> None:
+    """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once.
+
+    fresh_groups(job, policy, batches): in online DPO takes the place of these batches.
+    """
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
+    train = train[: cfg.train_prompts or None]
     policy, some = job.load_reference(), np.array(held[:HELD_OUT])
     # No training step needs π_ref. It is kept where it takes less than a twentieth of the memory;
     # elsewhere each evaluation reads it again.
@@ -545,21 +556,20 @@ def dpo_stage(job: Job, run: Run) -> None:
             train = ranked(groups, train)
         batches, loss_fn = (student.blamed(f, cfg.dpo_module) for f in (
             preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)))
-        point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
+        fresh = fresh_groups and fresh_groups(job, policy, batches)
+        point = fit(job, run, policy, fresh or batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
                     warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
                     grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
                     check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
-                    unit="groups" if cfg.loss == "plackett-luce" else "pairs")
+                    unit="groups" if cfg.loss == "plackett-luce" else "pairs",
+                    more_parts=fresh and dict(fresh=fresh))
     finish_method(job, run, policy, point)
 
 
-def evaluate_policy(job: Job, policy: GPT, reference: GPT, learned=None) -> dict:
-    """The policy's point on the test prompts, and its reward and KL on the validation prompts.
-    learned: the reward that it was trained on, a callable as r*, where there is one."""
-    prompts, valid = job.reference_eval["prompts"], job.reference_eval["valid"]
-    point = job.evaluate(policy, reference, prompts)
-    if learned:
-        point["reward_learned"] = float(learned(prompts, point["completions"]).mean())
+def evaluate_policy(job: Job, policy: GPT, reference: GPT) -> dict:
+    """The policy's point on the test prompts, and its reward and KL on the validation prompts."""
+    valid = job.reference_eval["valid"] * job.cfg.valid_samples
+    point = job.evaluate(policy, reference, job.reference_eval["prompts"])
     if valid:
         on_valid = job.evaluate(policy, reference, valid)
         point |= dict(valid_reward=on_valid["reward"], valid_kl=on_valid["kl"])
@@ -585,6 +595,7 @@ class Stage(NamedTuple):
     final: str = "model.pt"  # its last file, which marks it finished
     report: Callable[[Job], None] | None = None
     compares: Callable[[Job], dict[str, str]] | None = None  # makes runs; folder name -> hash
+    check: Callable[[Job], None] | None = None  # of what a user gave, before its parents are made
 
 
 def needs(wrong: bool, message: str, parents: list[str]) -> list[str]:
@@ -675,7 +686,9 @@ def main(argv=None) -> None:
     if cfg.dpo_module:
         student.own_functions(dpo, cfg.dpo_module)
     with ranks.rank_0_first():
-        job.read_given(unfinished(job, stage))
+        job.read_given(left := unfinished(job, stage))
+        if stage in left and STAGES[stage].check:
+            STAGES[stage].check(job)
         job.data
     build(job, stage)
     if STAGES[stage].report:

@@ -44,4 +44,5 @@ def measured(runs: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     rows = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda row: row["step"])
-    return {"constant" if row["weight"] == "constant" else "dpo": row for row in rows}
+    names = {"sigmoid": "dpo", "constant": "constant"}
+    return {names[row["weight"]]: row for row in rows if row["weight"] in names}

@@ -18,7 +18,8 @@ from reward import ModelReward, RewardModel
 from support import ranks
 from support.runs import Run, load_tensors, read_json, save_json, save_tensors
 from support.settings import Settings
-from train import STAGES, Stage, fit, needs, parents_of_groups, sample_all, split_picks
+from train import (STAGES, Completions, Stage, fit, needs, parents_of_groups, sample_all,
+                   split_picks)
 
 # ------------------------------------------------------------------------------ r_φ
 
@@ -106,19 +107,29 @@ def learned_reward(job: Job) -> ModelReward:
 
 # ------------------------------------------------------------------------------ Best-of-N
 
+KEPT = 32  # samples per prompt that are kept
+
 def best_of_n(job: Job, run: Run) -> None:
-    """K samples of π_ref per test prompt, scored by r* and r_φ: (P, K) each; samples.txt shows the
-    best of 16 by r_φ."""
-    K = job.cfg.best_of
-    prompts = [p for p in job.reference_eval["prompts"] for _ in range(K)]
-    samples = sample_all(job, run, job.load_reference(), prompts, "best-of-n")
-    rewards = job.reward(prompts, samples).view(-1, K)
-    learned = learned_reward(job)(prompts, samples).view(-1, K)
-    best = learned[:, :16].argmax(1).tolist()
+    """K samples of π_ref per test prompt, scored by r* and r_φ: (P, K) each.
+
+    For other rewards the first KEPT completions of each prompt are kept; samples.txt has the best
+    of them by r_φ. Of each validation prompt optimum_samples are scored by r*: (P, K) too.
+    """
+    K, cfg, known = job.cfg.best_of, job.cfg, job.reference_eval
+    prompts = [p for p in known["prompts"] for _ in range(K)]
+    valid = [p for p in known["valid"] for _ in range(cfg.optimum_samples)]
+    samples = sample_all(job, run, job.load_reference(), prompts + valid, "best-of-n")
+    rewards = job.reward(prompts + valid, samples)
+    rewards, valid = rewards[: len(prompts)].view(-1, K), rewards[len(prompts) :]
+    learned = learned_reward(job)(prompts, samples[: len(prompts)]).view(-1, K)
+    best = learned[:, :KEPT].argmax(1).tolist()
     write_samples(job, run, dict(
         completions=[samples[i * K + k] for i, k in enumerate(best)],
         rewards=[float(r[k]) for r, k in zip(rewards, best)]))
-    run.finish(dict(rewards=rewards, learned=learned))
+    first = Completions(samples[i + k] for i in range(0, len(prompts), K)
+                        for k in range(min(K, KEPT)))
+    run.finish(dict(rewards=rewards, learned=learned, completions=first.state_dict(),
+                    valid=valid.view(-1, cfg.optimum_samples)))
 
 
 def expected_best(scores, rewards, N: int):

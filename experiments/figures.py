@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.table import table, table_text
-from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_optimum, plot_points,
-                           reference, reliable_optimum, save_figure, seed_means, series,
+from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_methods, plot_optimum,
+                           plot_points, reliable_optimum, save_figure, seed_means, series,
                            weight_panel)
 from support.points import read_points, setting_value
 
@@ -33,7 +33,7 @@ def draw_all(path: Path) -> list[Path]:
     print(text)
     write_whole(folder / "table.md", lambda file: file.write(text.encode()))
     figures = {draw.__name__: draw(points) for draw in (
-        frontier, temperature, overoptimisation, dial)}
+        frontier, temperature, dial, online)}
     paths = [save_figure(figure, folder / f"{name}.png")
              for name, figure in figures.items() if figure]
     return [*paths, save_figure(figures["frontier"], folder / "frontier.svg")]
@@ -62,29 +62,17 @@ def temperature(points: list[dict]) -> Figure | None:
                   "counts as half a win. Bars: ± 1 standard error of a share.") if curves else None
 
 
-def overoptimisation(points: list[dict]) -> Figure | None:
-    """True reward, and the one trained by, over √KL: PPO's learned reward, DPO's implicit one.
-
-    None if neither method has points with a learned reward.
-    """
-    figure, ref = Figure(figsize=(14, 6), layout="constrained"), reference(points)
-    panels = (("ppo", "mean learned reward r_φ", ref["reward_learned"] or 0),
-              ("dpo", "mean implicit reward r̂ = β log π/π_ref", 0))
-    runs = [seed_means([p for p in series(points, method) if p["reward_learned"] is not None],
-                       "kl", "reward", "reward_learned") for method, *_ in panels]
-    for ax, (method, other, zero), lines in zip(figure.subplots(1, 2), panels, runs):
-        right = ax.twinx()
-        for (setting, run), (_, colour, marker, _) in zip(lines.items(), STYLES.values()):
-            kl, true, trained = np.vstack([(0, ref["reward"], zero), run]).T
-            root = np.sqrt(kl.clip(0))  # rounding may leave π_ref's own KL below 0
-            ax.plot(root, true, color=colour, marker=marker, ms=5, label=setting)
-            right.plot(root, trained, ":", color=colour, marker=marker, ms=5, mfc="white")
-        ax.plot([], [], "ko-", label="true (left)")
-        ax.plot([], [], "ko:", mfc="white", label="trained by (right)")
-        ax.set(title=STYLES[method][0], xlabel="√KL(π ‖ π_ref), √nats", ylabel=REWARD)
-        right.set_ylabel(other)
-        ax.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return finish(figure, points, "Means over seeds, in the order of steps.") if any(runs) else None
+def online(points: list[dict]) -> Figure | None:
+    """DPO on the stored groups beside DPO on fresh ones, by r* and by its own r̂. None without
+    these."""
+    shown = {m: series(points, m) for m in ("dpo", "dpo-online", "dpo-self", "sft")}
+    shown = {m: mine for m, mine in shown.items() if mine}
+    if not shown.keys() & {"dpo-online", "dpo-self"}:
+        return None
+    figure = Figure(figsize=(10.5, 6), layout="constrained")
+    plot_methods(figure.subplots(), points, shown)
+    return finish(figure, points, "Equal numbers of updates. Light: every point, ± 1 standard "
+                  "error; lines: upper envelopes of the means over seeds.")
 
 
 def dial(points: list[dict]) -> Figure | None:
@@ -127,7 +115,8 @@ def dial(points: list[dict]) -> Figure | None:
 # ------------------------------------------------------------------------------ of the lessons
 
 def degeneration(rows: list[dict], path: Path) -> None:
-    """Eight panels over the steps of DPO and of the same loss with constant weight, to `path`.
+    """Eight panels over the steps of DPO, of the same loss with constant weight, and of the same
+    without π_ref, to `path`.
 
     rows: dicts of weight, step and what the panels show; None where there is no such measure.
     """
@@ -138,7 +127,10 @@ def degeneration(rows: list[dict], path: Path) -> None:
               ("eos", "completions that end, share", "linear"),
               ("grammatical", "grammatical sentences, share", "linear"),
               ("reward", "mean true reward r*", "linear")]
-    weights = (("sigmoid", "o-C0", "DPO: w = σ(-m)"), ("constant", "s--C3", "w = 1"))
+    weights = [look for look in (("sigmoid", "o-C0", "DPO: w = σ(-m)"),
+                                 ("constant", "s--C3", "w = 1"),
+                                 ("reference-free", "^-.C2", "no π_ref in the loss"))
+               if look[0] in {row["weight"] for row in rows}]
     figure = Figure(figsize=(14, 6.8), layout="constrained")
     for ax, (key, label, axis) in zip(figure.subplots(2, 4).flat, panels):
         for weight, style, name in weights:
@@ -150,7 +142,31 @@ def degeneration(rows: list[dict], path: Path) -> None:
         if axis == "linear" and key not in ("logp_chosen", "logp_rejected"):
             ax.set_ylim(-0.03, 1.03)
         ax.grid(alpha=0.25)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    save_figure(figure, path, dpi=120)
+
+
+def overoptimisation(rows: list[dict], optimum: list[dict], path: Path) -> None:
+    """True and implicit reward over the steps, and true reward over KL, of DPO on fewer and more
+    preferences, to `path`. optimum: points of Eq. 4's."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    true, implicit, plane = figure.subplots(1, 3)
+    for name, style in zip(dict.fromkeys(row["run"] for row in rows), ("o-C3", "s--C1", "^-.C0")):
+        step, reward, error, r_hat, kl = np.array(
+            [[row[key] for key in ("step", "reward", "reward_se", "implicit", "kl")]
+             for row in rows if row["run"] == name]).T
+        true.errorbar(step, reward, error, fmt=style, ms=4, capsize=2, label=name)
+        implicit.plot(step, r_hat, style, ms=4)
+        plane.plot(kl, reward, style, ms=4)
+    best = sorted((p["kl"], p["reward"]) for p in optimum if p["ess"] >= 3)
+    plane.plot(*zip(*best), "k-", lw=2.5, label="optimum, Eq. 4", zorder=0)
+    true.set(title="what is wanted: r*", xlabel="step", ylabel=REWARD)
+    implicit.set(title="what is trained: r̂", xlabel="step", yscale="symlog",
+                 ylabel="mean r̂ = β log π/π_ref of own samples")
+    plane.set(title="r* over KL", xlabel=KL, ylabel=REWARD, xscale="symlog", xlim=(0, None))
+    for ax in (true, implicit, plane):
+        ax.grid(alpha=0.25)
+    figure.legend(loc="outside upper center", ncols=4)
     save_figure(figure, path, dpi=120)
 
 

@@ -1,7 +1,8 @@
-"""Two lessons on the importance weight of Section 4's gradient, which dpo.py has.
+"""Lessons on DPO's loss, each a stage: what its parts are for, and where it goes wrong.
 
-inspect shows a finished dpo run's weights pair by pair. degenerate compares DPO with the same run
-at a constant weight.
+inspect shows the importance weights (Section 4's gradient) of a finished dpo run, pair by pair.
+degenerate compares DPO with the same run at a constant weight, and with one whose loss has no
+π_ref. overoptimisation compares runs on fewer and fewer preferences.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 import dpo
 from evaluate import correlation, held_out_measures, rank_correlation
 from experiments import figures
+from experiments.baselines import needs_true_reward
 from gpt import pad_rows
 from job import Job
 from support import student
@@ -99,14 +101,28 @@ ABLATION = dict(beta=0.1, dpo_optimizer="adamw", dpo_schedule="constant", dpo_st
                 dpo_warmup=0, eval_every=50, loss="pairwise")
 
 
-def weight_ablation(cfg: Settings) -> list[Settings]:
-    """DPO, and the same with a constant weight: equal reference, data, seed and optimizer."""
+def loss_ablation(cfg: Settings) -> dict[str, Settings]:
+    """DPO, and the same with a constant weight, and without π_ref: equal start, data, seed and
+    optimizer."""
     lr = 1e-3 if cfg.corpus == "toy" else cfg.dpo_lr
-    return [replace(cfg, weight=x, dpo_lr=lr, **ABLATION) for x in ("sigmoid", "constant")]
+    dpo_run = replace(cfg, weight="sigmoid", dpo_lr=lr, **ABLATION)
+    return {"sigmoid": dpo_run, "constant": replace(dpo_run, weight="constant"),
+            "reference-free": replace(dpo_run, loss="reference-free")}
 
 
-def make_ablation(job: Job) -> dict[str, str]:
-    return {f"dpo {cfg.weight}": build(job.beside(cfg), "dpo") for cfg in weight_ablation(job.cfg)}
+def make_runs(job: Job, runs: dict[str, Settings]) -> dict[str, str]:
+    """The dpo runs that a stage compares: name -> hash."""
+    return {f"dpo {name}": build(job.beside(cfg), "dpo") for name, cfg in runs.items()}
+
+
+def evaluations(job: Job, cfg: Settings) -> list[dict]:
+    """A finished dpo run's points, π_ref's at step 0 first."""
+    some = np.array(job.split[1][:HELD_OUT])
+    ref_logps = job.ref_logps[some].flatten()
+    start = held_out_measures(ref_logps, ref_logps, torch.from_numpy(job.groups.rewards[some]))
+    rows = read_rows(job.beside(cfg).folder("dpo") / "metrics.jsonl")
+    return [dict(step=0, **job.reference_eval["point"] | start)] + \
+           [dict(step=row["step"] + 1, **row["eval"]) for row in rows if "eval" in row]
 
 
 SHOWN = ("step", "kl", "ref_ppl", "logp_chosen", "logp_rejected", "repetition", "eos",
@@ -114,22 +130,16 @@ SHOWN = ("step", "kl", "ref_ppl", "logp_chosen", "logp_rejected", "repetition", 
 
 
 def degenerate(job: Job, run: Run) -> None:
-    """Both runs' points over the steps: degenerate.json, degenerate.png and degenerate.txt."""
-    rows, samples = [], []
-    some = np.array(job.split[1][:HELD_OUT])
-    ref_logps = job.ref_logps[some].flatten()
-    start = held_out_measures(ref_logps, ref_logps, torch.from_numpy(job.groups.rewards[some]))
-    for cfg in weight_ablation(job.cfg):
-        folder = job.beside(cfg).folder("dpo")
-        points = [dict(step=0, **job.reference_eval["point"] | start)]
-        points += [dict(step=row["step"] + 1, **row["eval"])
-                   for row in read_rows(folder / "metrics.jsonl") if "eval" in row]
-        rows += [dict(weight=cfg.weight, **{key: p[key] for key in SHOWN}) for p in points]
-        samples.append(read_text(folder / "samples.txt").split("\n\n"))
-    lines = []
-    for sigmoid, constant in zip(*samples):
-        constant = constant.splitlines()[-1:]
-        lines += [*sigmoid.splitlines(), *(x.replace("after:", "w = 1:", 1) for x in constant), ""]
+    """The runs' points over the steps: degenerate.json, degenerate.png and degenerate.txt."""
+    rows, samples, lines = [], [], []
+    for name, cfg in loss_ablation(job.cfg).items():
+        rows += [dict(weight=name, **{key: p[key] for key in SHOWN}) for p in evaluations(job, cfg)]
+        samples.append(read_text(job.beside(cfg).folder("dpo") / "samples.txt").split("\n\n"))
+    for sigmoid, *others in zip(*samples):
+        lines += sigmoid.splitlines()
+        for name, text in zip(("w = 1:", "no π_ref:"), others):
+            lines += [x.replace("after:", name, 1) for x in text.splitlines()[-1:]]
+        lines.append("")
     write_whole(run.path("degenerate.txt"), lambda file: file.write("\n".join(lines).encode()))
     figures.degeneration(rows, run.path("degenerate.png"))
     run.finish(json.dumps(rows).encode())
@@ -138,19 +148,61 @@ def degenerate(job: Job, run: Run) -> None:
 def report_degenerate(job: Job) -> None:
     folder = job.folder("degenerate")
     rows, last = read_json(folder / "degenerate.json"), []
-    for weight, name in (("sigmoid", "DPO, w = σ(-m)"), ("constant", "the same with w = 1")):
+    for weight, name in (("sigmoid", "DPO, w = σ(-m)"), ("constant", "the same with w = 1"),
+                         ("reference-free", "the same without π_ref in the loss")):
         print(f"\n{name}\n" + "".join(f"{key:>14}" for key in SHOWN))
         for row in (row for row in rows if row["weight"] == weight):
             print("".join(f"{'-':>14}" if row[key] is None else f"{row[key]:>14.5g}"
                           for key in SHOWN))
         last.append(row)
-    kl, perplexity = (last[1][key] / last[0][key] for key in ("kl", "ref_ppl"))
-    print(f"\nat the end, w = 1 over DPO: KL {kl:.1f} times, perplexity under π_ref "
-          f"{perplexity:.1f} times\n")
-    print("\n".join(read_text(folder / "degenerate.txt").splitlines()[:15]))
+    print()
+    for name, row in zip(("w = 1", "no π_ref"), last[1:]):
+        kl, perplexity = (row[key] / last[0][key] for key in ("kl", "ref_ppl"))
+        print(f"at the end, {name} over DPO: KL {kl:.1f} times, perplexity under π_ref "
+              f"{perplexity:.1f} times")
+    print("\n" + "\n".join(read_text(folder / "degenerate.txt").splitlines()[:18]))
     print(f"\nmore samples: {folder / 'degenerate.txt'}\npicture:      {folder / 'degenerate.png'}")
 
 
+# ------------------------------------------------------------------------------ overoptimisation
+
+def data_ablation(job: Job) -> dict[str, Settings]:
+    """DPO on 60 groups, on 600 and on all: β is small enough for over-optimisation to show."""
+    sizes = [n for n in (60, 600) if n < len(job.split[0])]
+    cfg = replace(job.cfg, beta=0.5, eval_every=max(1, job.cfg.dpo_steps // 12))
+    return {f"{n or len(job.split[0]):,} prompts": replace(cfg, train_prompts=n)
+            for n in (*sizes, 0)}
+
+
+def overoptimisation(job: Job, run: Run) -> None:
+    """True reward, implicit reward and KL of the policies' own samples over the steps:
+    overoptimisation.json and overoptimisation.png."""
+    rows = [dict(run=name, implicit=cfg.beta * p["kl_mc"],
+                 **{key: p[key] for key in ("step", "reward", "reward_se", "kl", "grammatical",
+                                            "accuracy")})
+            for name, cfg in data_ablation(job).items() for p in evaluations(job, cfg)]
+    figures.overoptimisation(rows, job.reference_eval["optimum"], run.path("overoptimisation.png"))
+    run.finish(json.dumps(rows).encode())
+
+
+def report_overoptimisation(job: Job) -> None:
+    folder = job.folder("overoptimisation")
+    rows = read_json(folder / "overoptimisation.json")
+    print(f"\n{'':<15}{'r* at its peak':>16}{'at step':>9}{'r* at the end':>15}"
+          f"{'r̂ at the end':>14}{'KL at the end':>15}{'held-out acc.':>15}")
+    for name in dict.fromkeys(row["run"] for row in rows):
+        mine = [row for row in rows if row["run"] == name]
+        peak, end = max(mine, key=lambda row: row["reward"]), mine[-1]
+        print(f"{name:<15}{peak['reward']:>16.3f}{peak['step']:>9}{end['reward']:>15.3f}"
+              f"{end['implicit']:>14.2f}{end['kl']:>15.2f}{end['accuracy']:>15.3f}")
+    print(f"picture: {folder / 'overoptimisation.png'}")
+
+
 STAGES["inspect"] = Stage(inspect, lambda cfg: ["dpo", "groups"], "inspect.json", report_inspect)
-STAGES["degenerate"] = Stage(degenerate, lambda cfg: ["groups", *parents_of_groups(cfg)],
-                             "degenerate.json", report_degenerate, make_ablation)
+STAGES["degenerate"] = Stage(
+    degenerate, lambda cfg: ["groups", *parents_of_groups(cfg)], "degenerate.json",
+    report_degenerate, lambda job: make_runs(job, loss_ablation(job.cfg)))
+STAGES["overoptimisation"] = Stage(
+    overoptimisation, lambda cfg: needs_true_reward(cfg, "overoptimisation"),
+    "overoptimisation.json", report_overoptimisation,
+    lambda job: make_runs(job, data_ablation(job)))

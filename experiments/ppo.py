@@ -284,7 +284,7 @@ def train_ppo(job: Job, run: Run, reward: Callable, sd: float) -> None:
         return row
 
     point = resumable(job, run, dict(ppo=method), cfg.ppo_steps, step,
-                      lambda: evaluate_policy(job, policy, reference, reward), cfg.eval_every)
+                      lambda: evaluate_policy(job, policy, reference), cfg.eval_every)
     finish_method(job, run, policy, point)
 
 

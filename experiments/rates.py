@@ -2,8 +2,6 @@
 largest share of the optimal gain on validation prompts is kept. sweep.py makes the runs.
 """
 
-import math
-
 import numpy as np
 
 
@@ -13,14 +11,15 @@ def candidates(cfg, methods: dict) -> list[tuple[str, str, float]]:
             for name, m in methods.items() for x in m.multiples]
 
 
-def share(points: list[dict], reference_eval: dict, top: float) -> float:
-    """The share of the optimum's gain in reward at a run's KL that the run makes itself.
+def share(points: list[dict], optimum: list[dict], top: float) -> float:
+    """The share of the optimal gain at a run's KL that the run makes, on the validation prompts.
 
-    The mean over those of its last half of points, where the rate has decayed, whose KL is at most
-    `top`. Where there is none, minus the last KL: then the nearest run is chosen.
+    optimum: jackknife_optimum of their samples, which begins at KL 0. The mean over those of the
+    run's last half of points, where the rate has decayed, whose KL is at most `top`. Where there is
+    none, minus the last KL: then the nearest run is chosen.
     """
-    kl, best = zip(*sorted((p["kl"], p["reward"]) for p in reference_eval["optimum"]))
-    shares = [(p["valid_reward"] - reference_eval["valid_reward"])
+    kl, best = zip(*sorted((p["kl"], p["reward"]) for p in optimum))
+    shares = [(p["valid_reward"] - best[0])
               / max(0.02, np.interp(p["valid_kl"], kl, best) - best[0])  # near 0 all is noise
               for p in points[len(points) // 2 :] if p["valid_kl"] <= top]
     return float(np.mean(shares)) if shares else -points[-1]["valid_kl"]
@@ -38,15 +37,6 @@ def rate_table(shares: dict[tuple[str, str, float], float | None]) -> list[dict]
 def chosen_rates(table: list[dict]) -> dict[str, float]:
     """method -> the rate that was chosen; a method whose candidates all diverged is left out."""
     return {row["method"]: row["rate"] for row in table if row["chosen"]}
-
-
-def rate_at(rate: float, beta: float, central_beta: float) -> float:
-    """The rate at a β above the central one, at which `rate` was chosen (toy only).
-
-    log π/π_ref has 1/β as far to go, but the length of RMSprop's steps depends on the rate alone:
-    at one rate for all, the toy's large βs ended too far out. √ lies between one rate and 1/β.
-    """
-    return float(f"{rate * math.sqrt(min(1, central_beta / beta)):.3g}")
 
 
 def report_rates(table: list[dict]) -> None:

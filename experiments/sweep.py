@@ -26,17 +26,17 @@ import torch
 from tqdm import tqdm
 
 from evaluate import jackknife_optimum, pairwise_accuracy, standard_error
-from experiments import figures
+from experiments import figures, online  # noqa: F401  online adds its stage
 from experiments.baselines import best_of_kl, expected_best, learned_reward, needs_true_reward
 from experiments.ppo import no_fp16
-from experiments.rates import candidates, chosen_rates, rate_at, rate_table, report_rates, share
+from experiments.rates import candidates, chosen_rates, rate_table, report_rates, share
 from job import Job, seed_of
 from plot_frontier import kl_range
 from support import ranks
 from support.points import KEYS
 from support.runs import Run, UserError, load_tensors, read_json, read_rows, save_json
 from support.settings import Settings
-from train import STAGES, Diverged, Stage, build, is_made, needs
+from train import STAGES, Completions, Diverged, Stage, build, is_made, needs, score
 
 DIAL = (5, 10, 20, 50)  # s/β, on which alone the optimum of sampled and soft labels depends
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
@@ -58,7 +58,7 @@ def methods_of(cfg: Settings) -> dict[str, Method]:
     targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
     paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
     betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's, one between, and the toy's KLs
-             for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 4.0) * toy)}
+             for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 10.0) * toy)}
     alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
     kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
     usual, seeds = (0.25, 0.5, 1.0, 2.0), cfg.seeds
@@ -76,6 +76,10 @@ def methods_of(cfg: Settings) -> dict[str, Method]:
     for labels in ("sampled", "soft") if cfg.label_dial else ():
         dial = {f"s/beta={x}": dict(paper, labels=labels, beta=cfg.label_scale / x) for x in DIAL}
         found[f"dpo-{labels}"] = found["dpo"]._replace(settings=dial, central="s/beta=10", seeds=1)
+    fresh = {f"beta={b:g}": dict(paper, beta=b) for b in ((2.0, 3.0, 5.0) if toy else (0.05, 0.1))}
+    for name, labels in (("dpo-online", "r*"), ("dpo-self", "self")) if cfg.online else ():
+        own = {setting: v | dict(online_labels=labels) for setting, v in fresh.items()}
+        found[name] = found["dpo"]._replace(stage="online", settings=own)
     return found
 
 
@@ -95,13 +99,11 @@ class Planned(NamedTuple):
 
 def planned(cfg: Settings, method: str, setting: str, rate: float, seed: int = 0) -> Planned:
     m = methods_of(cfg)[method]
-    beta, central = (m.settings[name].get("beta", 1.0) for name in (setting, m.central))
-    if beta > central and cfg.corpus == "toy":
-        rate = rate_at(rate, beta, central)
     steps = cfg.ppo_steps if m.rate == "ppo_lr" else cfg.sweep_steps
-    changes = dict(m.settings[setting], run_seed=seed, eval_every=-(-steps // cfg.evals_per_run))
+    changes = dict(m.settings[setting], run_seed=seed, eval_every=-(-steps // cfg.evals_per_run),
+                   valid_samples=8 * (setting == m.central and seed == 0))
     if m.rate == "dpo_lr":
-        changes |= dict(dpo_steps=steps, dpo_warmup=steps // 6)
+        changes |= dict(dpo_steps=steps, dpo_warmup=steps // 6, online_start=steps // 3)
     return Planned(method, setting, m.stage, replace(cfg, **{m.rate: rate}, **changes), rate)
 
 
@@ -132,25 +134,29 @@ def evaluations(job: Job, p: Planned) -> list[dict]:
     samples: completions drawn, also those of the preferences that it learns from. seconds: of its
     own steps.
     """
-    folder, ppo = job.beside(p.cfg).folder(p.stage), p.stage in ("ppo", "ppo-gt")
+    cfg, folder, ppo = p.cfg, job.beside(p.cfg).folder(p.stage), p.stage in ("ppo", "ppo-gt")
     drawn = 0 if p.stage == "ppo-gt" else compared(job)
+    round_size = cfg.online_every * cfg.dpo_batch * job.groups.K
     found, seconds = [], 0.0
     for row in read_rows(folder / "metrics.jsonl"):
         if "eval" in row:
             step = row["step"] + 1
-            samples = drawn + step * p.cfg.ppo_rollouts * ppo
+            rounds = max(0, -(-(step - cfg.online_start) // cfg.online_every))
+            samples = drawn + step * cfg.ppo_rollouts * ppo + \
+                rounds * round_size * (p.stage == "online")
             found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=samples))
         else:
             seconds += row["seconds"]
-    if not found or found[-1]["step"] != (p.cfg.ppo_steps if ppo else p.cfg.dpo_steps):
+    if not found or found[-1]["step"] != (cfg.ppo_steps if ppo else cfg.dpo_steps):
         raise UserError(f"{folder}/metrics.jsonl has lost its last rows: delete {folder}, and the "
                         "same command makes it again")
     return found
 
 
 def tried_rates(job: Job) -> list[dict]:
-    top = kl_range(job.preset)[1]
-    return rate_table({c: share(evaluations(job, p), job.reference_eval, top)
+    top, samples = kl_range(job.preset)[1], load_tensors(job.folder("best-of-n") / "samples.pt")
+    optimum = jackknife_optimum(samples["valid"], [1e9, *np.geomspace(20, 0.01, 40)])
+    return rate_table({c: share(evaluations(job, p), optimum, top)
                        if finished(job, p.stage, p.cfg) else None
                        for c, p in tried(job.cfg).items()})
 
@@ -294,20 +300,31 @@ def frontier(job: Job, run: Run) -> None:
         row.setdefault("win", float(np.mean(pairwise_accuracy(np.array(row["rewards"]), base))))
         return {key: row.get(key) for key in KEYS}
 
-    lines = [line("sft", "", reference_eval["point"], samples=0,
-                  reward_learned=float(state["learned"].mean()))]
+    lines = [line("sft", "", reference_eval["point"], samples=0)]
     table = tried_rates(job)
     plans = [p for p in finals(job.cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
     for p in plans:
-        for point in evaluations(job, p):
-            if p.stage == "dpo":  # its reward model is itself
-                point["reward_learned"] = p.cfg.beta * point["kl_mc"]
-            lines.append(line(p.method, p.setting, point, p.cfg.run_seed))
-    lines += sampled_lines(job, state, base, line)
+        lines += [line(p.method, p.setting, point, p.cfg.run_seed)
+                  for point in evaluations(job, p)]
+    lines += sampled_lines(job, state, base, line, implicit_rewards(job, plans, state))
     if job.cfg.temperatures:
         lines += temperature_lines(job, plans, reference, line)
     save_json(run.path("rates.json"), table)
     run.finish(b"".join(json.dumps(row).encode() + b"\n" for row in lines))
+
+
+def implicit_rewards(job: Job, plans: list[Planned], state: dict) -> torch.Tensor | None:
+    """r̂, up to a factor, of the kept samples of each test prompt (P, at most K), by the DPO run at
+    which the rate was chosen."""
+    for p in plans:
+        if p.method == "dpo" and p.cfg.valid_samples:
+            samples = Completions()
+            samples.load_state_dict(state["completions"])
+            n = len(samples) // len(state["rewards"])
+            prompts = [x for x in job.reference_eval["prompts"] for _ in range(n)]
+            logps, ref_logps = (score(job, model, prompts, samples) for model in (
+                job.beside(p.cfg).policy(p.stage), job.load_reference()))
+            return (logps - ref_logps).view(-1, n)
 
 
 def best_point(rewards, N: int) -> dict:
@@ -318,36 +335,40 @@ def best_point(rewards, N: int) -> dict:
                 kls=[round(kl, 4)] * len(rewards), seconds=None)
 
 
-def sampled_lines(job: Job, state: dict, base, line) -> list[dict]:
-    """Best-of-N by r* and by r_φ, and the optimum, all from π_ref's samples (P, K)."""
-    r, learned = state["rewards"], state["learned"]
+def sampled_lines(job: Job, state: dict, base, line, implicit) -> list[dict]:
+    """Best-of-N by r*, by r_φ and by a DPO policy's r̂, the optimum, and the best additive tilt, all
+    from π_ref's samples (P, K). implicit: r̂ of the first of them; None without such a policy.
+
+    The additive tilt is π_ref exp(s/β)/Z with s = logit r*, which on the toy is a sum over words:
+    the most that a policy can have which knows what each word is worth, but not that r* saturates.
+    """
+    r, drawn = state["rewards"], compared(job)
     win = torch.from_numpy(pairwise_accuracy(r.numpy().round(4), base[:, None].astype(np.float32)))
-    lines = []
-    for method, scores, drawn in (("best-of-n", r, 0),
-                                  ("best-of-n-learned", learned, compared(job))):
-        for N in (n for n in (1, 2, 4, 8, 16, 64, 128) if n <= job.cfg.best_of):
-            lines.append(line(method, f"N={N}", best_point(expected_best(scores, r, N), N),
-                              win=float(expected_best(scores, win, N).mean()),
-                              reward_learned=float(expected_best(scores, learned, N).mean()),
-                              samples=drawn + len(r) * N))
+    lines, scores = [], [("best-of-n", r, 0), ("best-of-n-learned", state["learned"], drawn)]
+    if implicit is not None:
+        scores.append(("best-of-n-implicit", implicit, drawn))
+    for method, scored, more in scores:
+        K = scored.size(1)
+        for N in (n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= K):
+            rewards, wins = (expected_best(scored, x[:, :K], N) for x in (r, win))
+            lines.append(line(method, f"N={N}", best_point(rewards, N), win=float(wins.mean()),
+                              samples=more + len(r) * N))
     sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
-    for x, point in zip(sharpness, jackknife_optimum(r, [1 / x for x in sharpness])):
-        lines.append(line("optimum", f"1/beta={x:.4g}", point, samples=r.numel(), seconds=None,
-                          win=None))
+    for method, scale, tilt in (("optimum", 1, None), ("additive-tilt", 0.1, r.logit(1e-6))):
+        betas = [1 / (scale * x) for x in sharpness]
+        for beta, point in zip(betas, jackknife_optimum(r, betas, tilt)):
+            lines.append(line(method, f"1/beta={1 / beta:.4g}", point, samples=r.numel(),
+                              seconds=None, win=None))
     return lines
 
 
 def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
-    """Points at temperatures below 1: of one policy per method, the best on validation prompts
-    inside the compared range of KL; of π_ref; and of Best-of-N by r_φ on samples so drawn."""
-    policies, top = [("sft", "", {}, reference)], kl_range(job.preset)[1]
-    for method in ("dpo", "ppo", "preferred-ft"):
-        last = [(evaluations(job, p)[-1], p) for p in plans if p.method == method]
-        near = [x for x in last if x[0]["valid_kl"] <= top] or last
-        if near:
-            point, p = max(near, key=lambda x: x[0]["valid_reward"])
-            policies.append((method, p.setting, dict(seed=p.cfg.run_seed, step=point["step"]),
-                             job.beside(p.cfg).policy(p.stage)))
+    """Points at temperatures below 1: of one policy per method, that of the setting at which its
+    rate was chosen; of π_ref; and of Best-of-N by r_φ on samples so drawn."""
+    policies = [("sft", "", {}, reference)]
+    policies += [(p.method, p.setting, dict(step=evaluations(job, p)[-1]["step"]),
+                  job.beside(p.cfg).policy(p.stage)) for p in plans if p.cfg.valid_samples
+                 and p.method in ("dpo", "ppo", "preferred-ft")]
     lines, learned, N = [], learned_reward(job), min(16, job.cfg.best_of)
     prompts = job.reference_eval["prompts"]
     repeated = [p for p in prompts for _ in range(N)]
@@ -366,8 +387,6 @@ def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
 def report_frontier(job: Job) -> None:
     folder = job.folder("frontier")
     report_rates(read_json(folder / "rates.json"))
-    if job.cfg.corpus == "toy":
-        print("  a β of DPO above the one at which its rate was chosen takes a smaller rate")
     for picture in figures.draw_all(folder / "frontier.jsonl"):
         print(f"picture: {picture}")
 

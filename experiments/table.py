@@ -9,21 +9,22 @@ import numpy as np
 
 from plot_frontier import STYLES, caption, envelope, kl_range, reference, reliable_optimum, series
 
+FOLDS = 5  # parts of the prompts
 IDEALS = ("optimum", "additive-tilt")  # computed from π_ref's samples: no policy is trained
 
 
 def replicates(points: list[dict], counts, rng) -> tuple[np.ndarray, np.ndarray]:
-    """KL and reward (2, R, n) in each replicate of a method's n different (setting, step)s.
+    """KL and reward (2, F, R, n) in each replicate of a method's n different (setting, step)s.
 
-    They are means over the drawn prompts and seeds. counts (2, R, P): how often each prompt was
-    drawn, in either half of them. Seeds are drawn here, once for all settings that have the same;
-    NaN where a (setting, step) has none of those drawn.
+    They are means over the drawn prompts and seeds. counts (2, F, R, P): how often each prompt was
+    drawn, outside and inside a fold. Seeds are drawn here, once for all settings that have the
+    same; NaN where a (setting, step) has none of those drawn.
     """
     seeds = {setting: tuple(sorted({p["seed"] for p in points if p["setting"] == setting}))
              for setting in dict.fromkeys(p["setting"] for p in points)}
     drawn = {}  # seeds -> (R, seeds), how often each was drawn
     for own in dict.fromkeys(seeds.values()):
-        drawn[own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), counts.shape[1])
+        drawn[own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), counts.shape[2])
         drawn[own][0] = 1
     times = np.stack([drawn[own][:, own.index(p["seed"])]
                       for p in points for own in [seeds[p["setting"]]]], 1)  # (R, points)
@@ -35,7 +36,7 @@ def replicates(points: list[dict], counts, rng) -> tuple[np.ndarray, np.ndarray]
 
 
 def means(counts, values) -> np.ndarray:
-    """Of values (n, P) over the drawn prompts: (2, R, n)."""
+    """Of values (n, P) over the drawn prompts: (..., R, n)."""
     return counts @ np.array(values).T / counts.sum(-1, keepdims=True)
 
 
@@ -49,9 +50,9 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
     """One row per method, the optimum first: what it has at each KL of the preset, and its cost.
 
     reward: KL -> (value, low, high) of the best mixture of a method's policies, None past its
-    largest KL. Mixtures are chosen on every second prompt and judged on the others, and the other
-    way round (cross-fit); the value is the mean of both. A mixture that is judged on the prompts
-    that chose it looks better than it is, the more so the fewer its settings and seeds.
+    largest KL. For each fifth of the prompts the mixture is chosen on the others and judged on
+    this one (cross-fit); the value is the mean of the five. Judged on the prompts that chose it, a
+    mixture looks better than it is.
     share: KL -> the same for its part of the optimal gain, (r - r_ref) / (r_opt - r_ref).
     The 95 % intervals are over seeds and prompts; shares are paired, as a replicate has the same
     prompts for all methods.
@@ -60,13 +61,14 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
     """
     kls = kl_range(points[0]["preset"])[0]
     at, P, rng, rows = np.array(kls, float), len(points[0]["kls"]), np.random.default_rng(seed), []
-    counts = np.zeros((2, 1 + bootstrap, P))  # the first replicate is the sample itself
-    for half in (0, 1):
-        n = len(range(half, P, 2))
-        counts[half, 0, half::2] = 1
-        counts[half, 1:, half::2] = rng.multinomial(n, np.full(n, 1 / n), bootstrap)
-    start = means(counts, [reference(points)["rewards"]])[..., 0]  # (2, R)
-    best = np.full((*start.shape, len(at)), np.nan)  # the optimum's reward
+    folds = np.zeros((FOLDS, 1 + bootstrap, P))  # the first replicate is the sample itself
+    for i, fold in enumerate(folds):
+        n = len(range(i, P, FOLDS))
+        fold[0, i::FOLDS] = 1
+        fold[1:, i::FOLDS] = rng.multinomial(n, np.full(n, 1 / n), bootstrap)
+    counts = np.stack([folds.sum(0) - folds, folds])  # outside and inside each fold
+    start = means(counts, [reference(points)["rewards"]])[..., 0]  # (2, F, R)
+    best = np.full((*start.shape[1:], len(at)), np.nan)  # the optimum's reward
     others = sorted({p["method"] for p in points} - {*STYLES, *IDEALS})
     for method in [*IDEALS, *(m for m in STYLES if m != "sft"), *others]:
         mine = reliable_optimum(points, method) if method in IDEALS else series(points, method)
@@ -75,15 +77,16 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
         kl, reward = replicates(mine, counts, rng)
         if method in IDEALS:
             values = np.apply_along_axis(lambda x: np.interp(at, *np.split(x, 2), left=np.nan), -1,
-                                         np.concatenate([kl, reward], -1))
+                                         np.concatenate([kl[1], reward[1]], -1))  # (F, R, m)
         else:  # flat: a replicate's last point may fall short of the sample's KL
-            values = envelope(kl, reward, at, start, flat=True,
-                              judges=(kl[::-1], reward[::-1], start[::-1]))[::-1]
+            chosen_by, judged_by = zip(kl, reward, start)
+            values = envelope(*chosen_by[:2], at, chosen_by[2], flat=True, judges=judged_by)
         if method == "optimum":
             best = values
-        largest = float(kl[:, 0].mean(0).max())
+        largest = float(kl[1, :, 0].mean(0).max())
         values[..., at > largest] = np.nan
-        shares = (values - start[..., None]).mean(0) / (best - start[..., None]).mean(0)
+        gain, best_gain = ((x - start[1, ..., None]).mean(0) for x in (values, best))
+        shares = gain / best_gain
         last = {(p["setting"], p["seed"]): p for p in sorted(mine, key=lambda p: p["step"])}
         row = dict(method=method, largest=largest, runs=len(last),
                    seeds=len({p["seed"] for p in mine}),
@@ -137,7 +140,7 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
     at, costs = [f"KL {kl}" for kl in kls], "runs seeds seconds samples".split()
     return "\n\n".join([
         f"{caption(points)}; π_ref's mean true reward {ref['reward']:.3f} ± {ref['reward_se']:.3f}."
-        " Mixtures are chosen on half of the prompts and judged on the other half. In brackets: "
+        " Mixtures are chosen on four fifths of the prompts and judged on the last. In brackets: "
         "95 % bootstrap intervals over prompts and seeds.",
         block("Mean true reward of a method's best mixture of policies, at a KL in nats", at,
               [r["reward"].values() for r in rows]),

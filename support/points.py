@@ -12,7 +12,7 @@ from pathlib import Path
 from support.runs import UserError, first_ten, read_json, read_rows, reading
 
 KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
-        "kl_mc_se length eos distinct2 repetition grammatical ref_ppl reward_learned win ess "
+        "kl_mc_se length eos distinct2 repetition grammatical ref_ppl win ess "
         "seconds samples rewards kls").split()  # of every line of frontier.jsonl
 HUGE = 1e39  # more than a float32 holds: no run has logged it
 
@@ -64,7 +64,7 @@ def point_of(line: bytes) -> dict | None:
     """The point on a line. None if it is not JSON, lacks a key, or lacks a number or a name."""
     try:
         point = json.loads(line)
-        numbers(point, "kl_mc reward_learned win ess seconds samples".split())
+        numbers(point, "kl_mc win ess seconds samples".split())
         known = numbers(point, "seed step temperature kl kl_se reward reward_se".split())
         for x in (*known.values(), *point["rewards"], *point["kls"],
                   setting_value(point["setting"])):

@@ -86,15 +86,19 @@ class Settings:
     rm_lr: float = opt("rm", 1e-3, "peak rate", high=RATE)
     # ---- every method
     eval_every: int = opt("method", 0, "steps between evaluations; 0: four evaluations per run")
+    valid_samples: int = opt("method", 0, "samples per validation prompt at each evaluation; 8 in "
+                             "a frontier's runs that choose learning rates", high=10**5)
     run_seed: int = opt("method", 0, "seed of batches and rollouts alone; --seed makes π_ref anew",
                         high=SEED)
     # ---- dpo
-    loss: str = opt("dpo", "pairwise", "Eq. 7, or A.3's ranking", ("pairwise", "plackett-luce"))
+    loss: str = opt("dpo", "pairwise", "Eq. 7; A.3's ranking; or Eq. 7 with π_ref left out, which "
+                    "is not DPO", ("pairwise", "plackett-luce", "reference-free"))
     weight: str = opt("dpo", "sigmoid", "importance weight: sigmoid is DPO; constant, hinge, "
                       "indicator, ipo, cdpo, exponential, or FILE.py:FUNCTION")
     beta: float = opt("dpo", 1.6, "β of Eq. 3 and 7; the paper's 0.1 over-optimises the toy",
                       low=1e-6, high=10**6)
     dpo_steps: int = opt("dpo", 900, "optimizer steps", low=1)
+    train_prompts: int = opt("dpo", 0, "groups to learn from; 0: all")
     labels: str = opt("dpo", "hard", "who wins a pair: hard, the higher r*; sampled, drawn from "
                       "Eq. 1; soft, Eq. 1's probability as the label", ("hard", "sampled", "soft"))
     label_scale: float = opt("dpo", 10.0, "s of sampled and soft labels: Eq. 1 with rewards s r*",
@@ -128,6 +132,20 @@ class Settings:
     label_dial: bool = opt("frontier", False, "also sampled and soft labels, s/β from 5 to 50")
     rankings: bool = opt("frontier", False, "also Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "also win rates at temperatures 0 to 1")
+    online: bool = opt("frontier", False, "also DPO on fresh groups, by r* and by its own r̂")
+    # ---- online: dpo, later on groups that π_θ draws
+    online_start: int = opt("online", 300, "steps on the stored groups first")
+    online_every: int = opt("online", 100, "steps between fresh groups", low=1)
+    online_labels: str = opt("online", "r*", "who labels fresh groups: r*, or π_θ's own r̂ (self)",
+                             ("r*", "self"))
+    # ---- judge: win rates against a preference file's chosen answers
+    judge: str = opt("judge", "r*", "who compares two answers: r*; r_phi, stage rm's learned "
+                     "reward; or the URL of an OpenAI-compatible endpoint, as "
+                     "http://localhost:8000/v1, with its key in OPENAI_API_KEY")
+    judge_model: str = opt("judge", "", "name of the model at that URL")
+    # ---- ood: prompts with words that no review has
+    ood_seeds: int = opt("ood", 3, "seeds, from --seed on; each has a corpus, π_ref, groups, dpo "
+                         "and rm of its own", low=1, high=1_000)
     # ---- run
     jobs: int = opt("run", 0, "runs of the frontier at once; 0: one per core, or on each GPU four "
                     "(of a large model one)", high=1_000)
@@ -146,7 +164,7 @@ IMDB = replace(
     sft_steps=6_000, sft_batch=128, sft_lr=1e-3, sft_warmup=300, sft_decay=0.1,
     reward_steps=1_500, reward_batch=64, reward_lr=1e-4,
     prompts=25_000, eval_prompts=1_024,  # C.1; 1,024 give a standard error near 0.01
-    valid_prompts=512, optimum_samples=64,
+    optimum_samples=64,
     rm_lr=1e-4, ppo_lr=1e-5, ppo_value_lr=1e-4, ppo_steps=60, ppo_rollouts=1_024,  # C.1's rollouts
     ppo_target=6.0, sweep_steps=1_000, evals_per_run=6,
     beta=0.1, dpo_steps=2_000, dpo_batch=11, dpo_warmup=150,  # B ...
@@ -168,6 +186,9 @@ GROUPS = {"data": "data", "model": "model", "sft": "sft: reviews → π_ref",
           "dpo": "dpo, unlikelihood, preferred-ft: groups → π_θ",
           "ppo": "ppo, ppo-gt: r_φ or r* → π_θ", "samples": "best-of-n",
           "frontier": "frontier: every method of Figure 2",
+          "online": "online: dpo, later on groups that π_θ draws",
+          "judge": "judge: answers to a preference file's prompts, compared with its chosen ones",
+          "ood": "ood: prompts with words that no review has",
           "run": "run: device, folders, checkpoints; no effect on the result but rounding"}
 BASE = ("data", "model", "sft", "reward", "groups")  # what every method stands on
 DPO = (*BASE, "method", "dpo")
@@ -175,9 +196,11 @@ OTHER_LOSSES = ("unlikelihood", "preferred-ft")  # these stages are dpo with ano
 SETTINGS_OF = {  # stage -> the groups of settings that decide its result
     "sft": BASE[:3], "reward": BASE[:4], "chosen": BASE, "groups": BASE,
     "dpo": DPO, "unlikelihood": DPO, "preferred-ft": DPO, "inspect": DPO, "degenerate": DPO,
+    "overoptimisation": DPO, "variance": DPO, "online": (*DPO, "online"),
+    "ood": (*DPO, "rm", "ood"), "judge": (*DPO, "rm", "judge"),
     "rm": (*BASE, "rm"), "ppo": (*BASE, "rm", "method", "ppo"), "ppo-gt": (*BASE, "method", "ppo"),
     "best-of-n": (*BASE, "rm", "samples"),
-    "frontier": (*BASE, "rm", "method", "dpo", "ppo", "samples", "frontier")}
+    "frontier": (*BASE, "rm", "method", "dpo", "ppo", "samples", "online", "frontier")}
 
 
 def settings_of(cfg: Settings, groups: tuple) -> dict:
@@ -185,7 +208,8 @@ def settings_of(cfg: Settings, groups: tuple) -> dict:
     return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["group"] in groups}
 
 
-NAMED_BY_VALUE = ("corpus", "vocab", "init", "precision", "weight", "loss", "labels")
+NAMED_BY_VALUE = ("corpus", "vocab", "init", "precision", "weight", "loss", "labels", "judge",
+                  "online_labels")
 
 
 def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
@@ -202,9 +226,10 @@ def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
 
 def user_files(cfg: Settings, stage: str) -> dict[str, str]:
     """The hashes of all files that a user gave to a stage. They are part of the run's identity."""
-    judge = [cfg.siebert_path] if cfg.reward == "siebert" and not cfg.groups else []
+    siebert = [cfg.siebert_path] if cfg.reward == "siebert" else []
     given = {"sft": [cfg.init], "chosen": [cfg.groups, cfg.init],
-             "groups": [cfg.groups, cfg.reference, *judge],
+             "groups": [cfg.groups, cfg.reference, *siebert * (not cfg.groups)],
+             "judge": siebert * (cfg.judge == "r*"),
              **dict.fromkeys(("dpo", *OTHER_LOSSES),
                              [cfg.dpo_module, cfg.weight.rpartition(":")[0]])}
     hashes = {}
@@ -213,7 +238,7 @@ def user_files(cfg: Settings, stage: str) -> dict[str, str]:
             hashes[name] = ""  # its weights do not change
         elif Path(name).is_dir():
             hashes |= {str(path): file_hash(path) for path in checkpoint_files(Path(name))}
-        elif name not in judge:  # a judge that is no folder is a name on the Hugging Face hub
+        elif name not in siebert:  # where it is no folder, it is a name on the Hugging Face hub
             hashes[name] = file_hash(name)
     return hashes
 
@@ -305,9 +330,8 @@ def check(cfg: Settings) -> None:
     if cfg.corpus == "imdb" and cfg.reward == "auto" and cfg.reward_ctx < longest:
         raise UserError(f"--reward-ctx {cfg.reward_ctx} cannot hold a prompt of 9 tokens and a "
                         f"completion of {cfg.max_new_tokens}: give at least {longest}")
-    if cfg.loss == "plackett-luce" and cfg.weight != "sigmoid":
-        raise UserError(f"--weight {cfg.weight} weighs pairs, and --loss plackett-luce ranks: give "
-                        "one of the two")
+    if cfg.loss in ("plackett-luce", "reference-free") and cfg.weight != "sigmoid":
+        raise UserError(f"--weight {cfg.weight} works only with --loss pairwise")
     if cfg.labels != "hard" and (cfg.loss != "pairwise" or cfg.weight != "sigmoid"):
         raise UserError(f"--labels {cfg.labels} works only with --stage dpo and the default --loss "
                         "and --weight")

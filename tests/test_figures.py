@@ -8,16 +8,16 @@ from test_plot_frontier import (GRID, START, P, assert_nothing_is_cut_off, best_
                                 errorbars_of, full_world, labels, line_of, saved_by, step_row,
                                 world, write_points)
 
-from experiments.figures import (degeneration, dial, draw_all, inspection, main, overoptimisation,
-                                 temperature)
+from experiments.figures import (degeneration, dial, draw_all, inspection, main, online,
+                                 overoptimisation, temperature)
 
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, Figure]:
-    return {draw.__name__: draw(full_world()) for draw in (temperature, overoptimisation, dial)}
+    return {draw.__name__: draw(full_world()) for draw in (temperature, dial, online)}
 
 
-@pytest.mark.parametrize("name", ["temperature", "overoptimisation", "dial"])
+@pytest.mark.parametrize("name", ["temperature", "dial", "online"])
 def test_every_figure_has_labels_a_legend_and_a_caption_and_nothing_is_cut_off(drawn, name):
     figure = drawn[name]
     for ax in figure.axes:
@@ -28,7 +28,7 @@ def test_every_figure_has_labels_a_legend_and_a_caption_and_nothing_is_cut_off(d
     assert_nothing_is_cut_off(figure)
 
 
-@pytest.mark.parametrize("draw", [temperature, overoptimisation, dial])
+@pytest.mark.parametrize("draw", [temperature, dial, online])
 def test_a_figure_that_has_nothing_to_show_is_not_drawn(draw):
     assert draw(world()) is None
 
@@ -44,19 +44,30 @@ def test_win_rates_are_drawn_for_what_was_sampled_at_other_temperatures(drawn):
         np.testing.assert_allclose(half, np.sqrt(win * (1 - win) / P))
 
 
-def test_trained_and_true_reward_are_drawn_apart(drawn):
-    left, right, learned, implicit = drawn["overoptimisation"].axes
-    x = np.sqrt([0, *GRID[:10]])
-    true = line_of(left, "target=1")
-    np.testing.assert_allclose(true.get_xdata(), x)
-    np.testing.assert_allclose(true.get_ydata(), START + 0.6 * (best_reward(x**2) - START))
-    trained = learned.get_lines()[0]
-    np.testing.assert_allclose(trained.get_xdata(), x)
-    np.testing.assert_allclose(trained.get_ydata(), [0] + [2.0] * 10, err_msg="the seeds' mean")
-    np.testing.assert_allclose(implicit.get_lines()[0].get_ydata(), [0] + [0.2] * 4)
-    assert "learned" in learned.get_ylabel() and "implicit" in implicit.get_ylabel()
-    assert {"target=1", "beta=0.05", "true (left)", "trained by (right)"} <= set(
-        labels(drawn["overoptimisation"]))
+def test_online_dpo_is_drawn_beside_dpo_with_one_line_each(drawn):
+    ax = drawn["online"].axes[0]
+    for label, share in (("online DPO, labels by r*", 0.98),
+                         ("online DPO, labels by its own r̂", 0.85)):
+        x, y = line_of(ax, label).get_data()
+        wanted = START + share * (best_reward(x) - START)
+        on = np.isin(x, GRID)
+        np.testing.assert_allclose(y[on], wanted[on], atol=1e-9)
+    assert "optimum, Eq. 4" in labels(drawn["online"]) and line_of(ax, "DPO")
+
+
+def test_overoptimisation_shows_both_rewards_and_the_plane(tmp_path):
+    rows = [dict(run=run, step=step, reward=0.5 + 0.001 * step * sign, reward_se=0.01,
+                 implicit=0.1 * step, kl=0.02 * step, grammatical=None, accuracy=0.8)
+            for run, sign in (("60 prompts", -1), ("all", 1)) for step in (0, 50, 100)]
+    optimum = [dict(kl=kl, reward=best_reward(kl), ess=4 - kl) for kl in (0.0, 0.5, 2.0)]
+    figure = saved_by(lambda: overoptimisation(rows, optimum, tmp_path / "o.png"))
+    true, implicit, plane = figure.axes
+    assert labels(figure) == ["60 prompts", "all", "optimum, Eq. 4"]
+    np.testing.assert_allclose(implicit.get_lines()[0].get_ydata(), [0, 5, 10])
+    np.testing.assert_allclose(plane.get_lines()[1].get_xydata(), [(0, 0.5), (1, 0.55), (2, 0.6)])
+    np.testing.assert_allclose(plane.get_lines()[2].get_xdata(), [0, 0.5])  # the reliable ones
+    assert "r*" in true.get_ylabel() and "r̂" in implicit.get_ylabel() and "KL" in plane.get_xlabel()
+    assert_nothing_is_cut_off(figure, legends_beside=False)
 
 
 def test_the_dial_joins_what_was_reached_to_its_optimum(drawn):
@@ -78,13 +89,17 @@ def test_degeneration_shows_both_weights_and_says_what_is_not_defined(tmp_path):
     keys = "kl ref_ppl logp_chosen logp_rejected repetition eos reward".split()
     rows = [dict(weight=weight, step=step, grammatical=None,
                  **{key: (i + 2) * (step + sign) for i, key in enumerate(keys)})
-            for weight, sign in (("sigmoid", 1), ("constant", 9)) for step in (0, 50, 100)]
+            for weight, sign in (("sigmoid", 1), ("constant", 9), ("reference-free", 5))
+            for step in (0, 50, 100)]
+    older = saved_by(lambda: degeneration(rows[:6], tmp_path / "older.png"))
+    assert labels(older) == ["DPO: w = σ(-m)", "w = 1"], "a file without the third run"
     figure = saved_by(lambda: degeneration(rows, tmp_path / "degenerate.png"))
-    assert labels(figure) == ["DPO: w = σ(-m)", "w = 1"]
+    assert labels(figure) == ["DPO: w = σ(-m)", "w = 1", "no π_ref in the loss"]
     empty = figure.axes[6]
     assert empty.texts[0].get_text() == "not defined on this corpus"
     for key, ax in zip(keys, [ax for ax in figure.axes if ax is not empty]):
-        for label, weight in (("DPO: w = σ(-m)", "sigmoid"), ("w = 1", "constant")):
+        for label, weight in (("DPO: w = σ(-m)", "sigmoid"), ("w = 1", "constant"),
+                              ("no π_ref in the loss", "reference-free")):
             np.testing.assert_array_equal(line_of(ax, label).get_xydata(), [
                 (r["step"], r[key]) for r in rows if r["weight"] == weight])
         assert ax.get_xlabel() == "step" and ax.get_ylabel(), key
@@ -113,7 +128,7 @@ def test_sec4_inspection_shows_each_pair_and_marks_those_in_the_wrong_order(tmp_
 
 def test_one_command_draws_all_that_the_points_allow(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write(b"-"))
-    names = ["frontier.png", "temperature.png", "overoptimisation.png", "dial.png", "frontier.svg"]
+    names = ["frontier.png", "temperature.png", "dial.png", "online.png", "frontier.svg"]
     for points, wanted in ((full_world(), names), (world()[:1], [names[0], names[-1]])):
         path = write_points(tmp_path / str(len(wanted)), points)
         main([str(path.parent)])

@@ -34,10 +34,12 @@ def test_sec4_inspect_shows_each_pair_and_its_weight(chain, copied):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_ablation_changes_the_weight_alone(preset):
-    a, b = map(vars, lessons.weight_ablation(PRESETS[preset]))
-    assert {k for k in a if a[k] != b[k]} == {"weight"}
+def test_the_ablation_changes_the_weight_alone_or_the_loss_alone(preset):
+    a, b, c = map(vars, lessons.loss_ablation(PRESETS[preset]).values())
+    for other, changed in ((b, "weight"), (c, "loss")):
+        assert {k for k in a if a[k] != other[k]} == {changed}
     assert (a["weight"], b["weight"]) == ("sigmoid", "constant")
+    assert (a["loss"], c["loss"]) == ("pairwise", "reference-free")
 
 
 def test_degenerate_compares_dpo_with_a_constant_weight(chain, copied, monkeypatch):
@@ -48,11 +50,33 @@ def test_degenerate_compares_dpo_with_a_constant_weight(chain, copied, monkeypat
     assert result.code == 0, result.err
     run = folder(out, "degenerate")
     rows = json.loads((run / "degenerate.json").read_text())
-    for weight in ("sigmoid", "constant"):
+    for weight in ("sigmoid", "constant", "reference-free"):
         mine = [row for row in rows if row["weight"] == weight]
         assert [row["step"] for row in mine] == [0, 2, 4]
         assert mine[0]["kl"] == 0 and mine[-1]["kl"] > 0
     starts = [{k: v for k, v in row.items() if k != "weight"} for row in rows if row["step"] == 0]
-    assert starts[0] == starts[1], "both start at the same π_ref"
-    assert "w = 1:" in (run / "degenerate.txt").read_text()
-    assert "KL" in result.out and (run / "degenerate.png").exists()
+    assert starts[0] == starts[1] == starts[2], "all start at the same π_ref"
+    text = (run / "degenerate.txt").read_text()
+    assert text.count("w = 1:") == text.count("no π_ref:") == text.count("after:") == 8
+    assert "w = 1 over DPO: KL" in result.out and "no π_ref over DPO: KL" in result.out
+    assert (run / "degenerate.png").exists()
+
+
+def test_overoptimisation_compares_dpo_on_fewer_and_more_groups(chain, copied, job):
+    assert [*lessons.data_ablation(job)] == [f"{len(job.split[0])} prompts"], "60 are not there"
+    job.split = list(range(700)), job.split[1]
+    runs = lessons.data_ablation(job)
+    assert [*runs] == ["60 prompts", "600 prompts", "700 prompts"]
+    assert [cfg.train_prompts for cfg in runs.values()] == [60, 600, 0]
+    assert {cfg.beta for cfg in runs.values()} == {0.5}
+    out = copied("sft", "groups")
+    result = command("--stage", "overoptimisation", *TINY, "--out", out, "--data", chain.data)
+    assert result.code == 0, result.err
+    rows = json.loads((folder(out, "overoptimisation") / "overoptimisation.json").read_text())
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[0]["kl"] == rows[0]["implicit"] == 0
+    logged = [row["eval"] for row in map(json.loads, (
+        folder(out, "dpo") / "metrics.jsonl").read_text().splitlines()) if "eval" in row]
+    assert [row["implicit"] for row in rows[1:]] == [0.5 * e["kl_mc"] for e in logged]
+    assert "r* at its peak" in result.out and (folder(out, "overoptimisation") /
+                                               "overoptimisation.png").exists()

@@ -332,6 +332,21 @@ MISTAKES = {
         f"--stage frontier {MODULE}", "--dpo-module", "--stage dpo",
         given=mine(f"def dpo_loss({DPO_LOSS}): pass")),
 
+    "a judge without answers": at_once("--stage judge", "--groups FILE"),
+    **{f"a judge at {url}": at_once(f"--stage judge --groups my.jsonl --judge {url} "
+                                    "--judge-model m", "plain URL", "OPENAI_API_KEY", given=PAIRS)
+       for url in ("localhost:8000/v1", "r", "http://", "http://a..b/v1", "http://host:x/v1",
+                   "ftp://host/v1", "http://me:sk-1@host/v1", "http://host/v1?key=sk-1")},
+    "a judge without a model": at_once("--stage judge --groups my.jsonl --judge http://host/v1",
+                                       "--judge-model NAME", given=PAIRS),
+    "a judge that reads less than an answer": at_once(
+        "--stage judge --groups my.jsonl --preset imdb --reward-ctx 40",
+        "--reward-ctx 48", given=PAIRS),
+    "a judge that nobody serves": at_once(
+        "--stage judge --groups my.jsonl --judge http://127.0.0.1:9/v1 --judge-model m",
+        "http://127.0.0.1:9/v1 cannot be reached", "--judge", given=write(
+            "my.jsonl", [PAIR | {"prompt": x} for x in "abc"])),
+
     # ---- preference files
     "a file that is not there": at_once("--groups nowhere.jsonl", "cannot read nowhere.jsonl",
                                         given=remove("sft")),  # missed before sft is made

@@ -561,12 +561,10 @@ def test_ppo_logs_its_reward_apart_from_the_true_one(finished, stage):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "eval" not in row]
     assert len(steps) == 4
-    result = json.loads((run / "result.json").read_text())
     if stage == "ppo":
         assert all(abs(r["reward"] - r["true_reward"]) > 1e-3 for r in steps), "r_φ is not r*"
         sd = json.loads((folder(finished, "rm") / "report.json").read_text())["sd"]
     else:
-        assert result["reward_learned"] == pytest.approx(result["reward"], abs=1e-4)
         groups = (folder(finished, "groups") / "groups.jsonl").read_text().splitlines()
         sd = float(np.std([json.loads(line)["rewards"] for line in groups]))
     assert steps[0]["beta"] == pytest.approx(0.3 * sd, rel=1e-4)

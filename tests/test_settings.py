@@ -140,7 +140,8 @@ def test_a_setting_moves_the_stages_of_its_group_only(f):
 
 @pytest.mark.parametrize("stage", SETTINGS_OF)
 def test_a_stage_depends_on_all_that_its_parents_depend_on(stage):
-    cfg = replace(TOY, groups="a.jsonl") if stage == "chosen" else replace(TOY, corpus="imdb")
+    cfg = replace(TOY, groups="a.jsonl") if stage in ("chosen", "judge") else \
+        replace(TOY, corpus="toy" if stage == "ood" else "imdb")
     for parent in train.STAGES[stage].parents(cfg):
         missing = set(SETTINGS_OF[parent]) - set(SETTINGS_OF[stage])
         assert not missing, f"{stage} reads {parent}, whose {missing} would not rename it"
@@ -188,9 +189,10 @@ def test_what_a_user_gave_is_a_parent_of_the_stages_that_read_it(tmp_path):
     for stage in SETTINGS_OF:
         files = wanted.get(stage, [])
         assert hashes(cfg, stage) == {name: file_hash(tmp_path / name) for name in files}, stage
-        assert hashes(judged, stage).keys() == {*bin} if stage == "groups" else \
+        assert hashes(judged, stage).keys() == {*bin} if stage in ("groups", "judge") else \
             not hashes(judged, stage), "who judges decides the groups"
-        assert hashes(replace(judged, groups=cfg.groups), stage).keys().isdisjoint(bin)
+        given_groups = hashes(replace(judged, groups=cfg.groups), stage).keys()
+        assert given_groups.isdisjoint(bin) or stage == "judge"
         assert user_files(TOY, stage) == {}, "nothing was given"
         assert user_files(PRESETS["gpt2-large"], stage) == (
             {"gpt2-large": ""} if stage in ("sft", "chosen") else {}), "names, not files"
@@ -209,8 +211,9 @@ WANTED = {  # what somebody may type on the largest machine there is, and with t
     **dict.fromkeys("prompts eval_prompts valid_prompts ppo_rollouts".split(), (10, 10**7)),
     **dict.fromkeys("reviews sft_batch reward_batch rm_batch".split(), (64, 10**7)),
     "dpo_batch": (1, 10**5),
-    **dict.fromkeys("seed run_seed".split(), (0, 2**32 - 1)), "seeds": (1, 500),
-    **dict.fromkeys("jobs threads".split(), (0, 512)),
+    **dict.fromkeys("seed run_seed".split(), (0, 2**32 - 1)),
+    **dict.fromkeys("seeds ood_seeds".split(), (1, 500)),
+    **dict.fromkeys("jobs threads".split(), (0, 512)), "valid_samples": (0, 10**4),
     **dict.fromkeys("beta label_scale".split(), (1e-5, 1e5)),
     **dict.fromkeys("alpha grad_clip ppo_target ppo_beta sft_decay save_secs".split(), (0, 1e6)),
     **dict.fromkeys("sft_lr reward_lr rm_lr dpo_lr ppo_lr ppo_value_lr".split(), (0, 1e30))}

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, command, folder, in_child, refused
@@ -27,9 +28,9 @@ from experiments.sweep import (evaluations, finals, finished, make_runs, methods
 from job import Job
 from support import ranks
 from support.points import KEYS, read_points
-from support.runs import UserError
+from support.runs import UserError, load_tensors
 from support.settings import IMDB, TOY, parse
-from train import Diverged
+from train import Completions, Diverged, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 FEW = [*TINY, "--sweep-steps", "2", "--ppo-steps", "2", "--best-of", "16", "--jobs", "1",
@@ -65,16 +66,20 @@ def test_a_candidate_at_the_chosen_rate_is_a_run_of_the_figure():
     assert len(both) == len(methods), "one per method, which is not run twice"
 
 
-def test_beyond_the_central_setting_a_larger_beta_takes_a_smaller_rate():
-    cfg = replace(TOY, label_dial=True, rankings=True)
-    chosen = {name: getattr(cfg, m.rate) for name, m in methods_of(cfg).items()}
-    for p in finals(cfg, chosen):
-        m = methods_of(cfg)[p.method]
-        beta, central = (m.settings[x].get("beta", 1) for x in (p.setting, m.central))
-        assert p.rate == getattr(p.cfg, m.rate)
-        assert p.rate == pytest.approx(chosen[p.method] * min(1, central / beta)**0.5, rel=5e-3)
-    assert len({p.rate for p in finals(cfg, chosen) if p.method == "dpo"}) == 4, "2, 3, 4 and 5"
-    assert {p.rate for p in finals(IMDB, dict(dpo=1e-5))} == {1e-5}, "elsewhere it was not measured"
+def test_every_setting_takes_the_rate_that_was_chosen_for_its_method():
+    for cfg in (replace(TOY, label_dial=True, rankings=True, online=True), IMDB):
+        chosen = {name: getattr(cfg, m.rate) for name, m in methods_of(cfg).items()}
+        for p in finals(cfg, chosen):
+            assert p.rate == getattr(p.cfg, methods_of(cfg)[p.method].rate) == chosen[p.method]
+
+
+def test_runs_that_choose_a_rate_are_judged_on_validation_prompts_others_are_not():
+    assert all(p.cfg.valid_samples == 8 for p in tried(TOY).values())
+    chosen = {name: float(f"{getattr(TOY, m.rate) * m.multiples[1]:.3g}")
+              for name, m in methods_of(TOY).items()}
+    for p in finals(replace(TOY, seeds=2), chosen):
+        m = methods_of(TOY)[p.method]
+        assert bool(p.cfg.valid_samples) == (p.setting == m.central and p.cfg.run_seed == 0)
 
 
 @pytest.mark.parametrize("flags", ["--loss plackett-luce", "--labels soft", "--weight constant"])
@@ -125,20 +130,19 @@ def test_every_run_of_the_plan_has_its_points(points):
     found = {(p["method"], p["setting"], p["seed"]) for p in points}
     for method, m in few_methods(TOY).items():
         assert {(method, s, seed) for s in m.settings for seed in range(m.seeds)} <= found
-    assert {("sft", "", 0), ("best-of-n", "N=16", 0), ("best-of-n-learned", "N=4", 0)} <= found
-    assert sum(method == "optimum" for method, _, _ in found) > 20
+    assert {("sft", "", 0), ("best-of-n", "N=16", 0), ("best-of-n-learned", "N=4", 0),
+            ("best-of-n-implicit", "N=16", 0)} <= found
+    for ideal in ("optimum", "additive-tilt"):
+        assert sum(method == ideal for method, _, _ in found) > 20
 
 
 def test_every_point_has_every_key_and_the_same_prompts(points):
     for p in points:
         assert tuple(p) == tuple(KEYS)
         assert len(p["rewards"]) == len(p["kls"]) == 8
-        assert p["method"] == "optimum" or 0 <= p["win"] <= 1
+        assert p["method"] in ("optimum", "additive-tilt") or 0 <= p["win"] <= 1
         if p["method"] == "best-of-n":
             assert p["kl"] == pytest.approx(best_of_kl(int(p["setting"][2:])))
-        if p["method"] == "dpo" and p["temperature"] == 1:
-            beta = float(p["setting"][5:])
-            assert p["reward_learned"] == pytest.approx(beta * p["kl_mc"]), "r̂ of its own samples"
     sft = next(p for p in points if p["method"] == "sft" and p["temperature"] == 1)
     assert sft["kl"] == 0 and sft["win"] == 0.5 and sft["step"] == 0, "π_ref ties with itself"
 
@@ -170,19 +174,35 @@ def test_a_rate_is_the_best_of_those_tried_on_validation_prompts(chain, swept, f
     assert not valid & test
 
 
-def test_temperatures_are_those_of_the_best_policy_per_method_on_validation_prompts(
-        chain, swept, few, points):
+def test_temperatures_are_those_of_the_run_at_which_the_rate_was_chosen(chain, swept, few, points):
     job = job_of(swept, chain.data)
     cold = {(p["method"], p["temperature"]): p for p in points if p["temperature"] != 1}
     assert len(cold) == sum(p["temperature"] != 1 for p in points) == 5 * 4
-    table = tried_rates(job)
     for method in ("dpo", "ppo", "preferred-ft"):
-        best = max((p for p in finals(job.cfg, chosen_rates(table)) if p.method == method),
-                   key=lambda p: evaluations(job, p)[-1]["valid_reward"])
         for t in (0, 0.25, 0.5, 0.75):
             p = cold[method, t]
-            assert (p["setting"], p["seed"], p["step"]) == (best.setting, best.cfg.run_seed, 2)
+            central = few_methods(job.cfg)[method].central
+            assert (p["setting"], p["seed"], p["step"]) == (central, 0, 2)
     assert cold["sft", 0]["rewards"] == cold["best-of-n-learned", 0]["rewards"], "all N are equal"
+
+
+def test_best_of_n_by_the_implicit_reward_is_that_of_the_dpo_run(chain, swept, few, points):
+    job = job_of(swept, chain.data)
+    state = load_tensors(folder(swept, "best-of-n") / "samples.pt")
+    plans = [p for p in finals(job.cfg, chosen_rates(tried_rates(job))) if p.method == "dpo"]
+    implicit = sweep.implicit_rewards(job, plans, state)
+    assert implicit.shape == (8, 16)
+    run, = [p for p in plans if p.cfg.valid_samples]
+    policy, samples = job.beside(run.cfg).policy("dpo"), Completions()
+    samples.load_state_dict(state["completions"])
+    prompt = job.reference_eval["prompts"][3]
+    logps = [score(job, model, [prompt] * 16, samples[48:64])
+             for model in (policy, job.load_reference())]
+    torch.testing.assert_close(implicit[3], logps[0] - logps[1], rtol=0, atol=1e-4)
+    best = state["rewards"][torch.arange(8), implicit.argmax(1)]
+    point, = [p for p in points if (p["method"], p["setting"]) == ("best-of-n-implicit", "N=16")]
+    np.testing.assert_allclose(point["rewards"], best.numpy(), atol=1e-4)
+    assert sweep.implicit_rewards(job, [], state) is None, "every rate of DPO diverged"
 
 
 def test_a_finished_run_is_never_made_again(chain, swept, few, tmp_path):

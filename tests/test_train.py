@@ -596,13 +596,14 @@ def test_init_starts_from_a_hugging_face_folder(job, tmp_path):
 def test_groups_the_optimum_and_the_evaluations_each_have_their_own_prompts(job, tmp_path):
     """Of train, test and validation reviews, and disjoint: of 250 short prompts some recur in the
     test reviews, where they are drawn again."""
-    job = job.beside(replace(job.cfg, prompts=250, num_completions=2, max_new_tokens=8))
+    job = job.beside(replace(job.cfg, prompts=250, eval_prompts=40, num_completions=2,
+                             max_new_tokens=8))
     asked, judge = [], ToyReward(job.data.enc)
     job.reward = lambda *texts: (asked.append(texts), judge(*texts))[1]
     with Run(tmp_path, {}, {}, "ref_logps.pt", job.about("groups")) as run:
         train.groups(job, run)
     info = read_json(tmp_path / "reference.json")
-    (prompts, samples), *evaluated = asked
+    (prompts, samples), (evaluated, own) = asked
     sets = dict(train=set(map(tuple, prompts[:500])), test=set(map(tuple, info["prompts"])),
                 valid=set(map(tuple, info["valid"])))
     for split, drawn in sets.items():
@@ -620,10 +621,8 @@ def test_groups_the_optimum_and_the_evaluations_each_have_their_own_prompts(job,
     assert prompts[500:] == [p for p in info["prompts"] for _ in range(4)]
     assert info["optimum"][0]["reward"] == pytest.approx(float(rewards[500:].mean()), abs=1e-4)
     assert info["optimum"][0]["kl"] == pytest.approx(0, abs=1e-6), "at β = 1e9 it is π_ref"
-    for (prompts, samples), name, value in zip(evaluated, ("valid", "prompts"), (
-            info["valid_reward"], info["point"]["reward"]), strict=True):
-        assert prompts == info[name]
-        assert value == pytest.approx(float(judge(prompts, samples).mean()), abs=1e-6)
+    assert evaluated == info["prompts"]
+    assert info["point"]["reward"] == pytest.approx(float(judge(evaluated, own).mean()), abs=1e-6)
 
 
 def test_every_chunk_of_samples_has_its_own_draws(job, tmp_path, monkeypatch):
@@ -682,20 +681,55 @@ def test_the_result_is_the_last_evaluation_and_can_be_computed_again(chain, job)
     assert [r["eval"] for r in rows if "eval" in r][-1] == result
     policy, reference = job.policy("dpo"), job.policy("sft")
     again = train.without_texts(job.evaluate(policy, reference, prompts))
-    valid = job.evaluate(policy, reference, job.reference_eval["valid"])
     with torch.no_grad():
         logps = plain_logps(policy, *job.groups.flat(held)).view(-1, 4)
     pairs = [(g, w, l) for g, r in enumerate(job.groups.rewards[held])
              for w in range(4) for l in range(4) if r[w] > r[l]]
     h = logps - job.ref_logps[held]
     again |= dict(
-        valid_reward=valid["reward"], valid_kl=valid["kl"],
         accuracy=np.mean([float(h[g, w] > h[g, l]) for g, w, l in pairs]),
         logp_chosen=np.mean([float(logps[g, w]) for g, w, _ in pairs]),
         logp_rejected=np.mean([float(logps[g, l]) for g, _, l in pairs]))
     assert again.keys() == result.keys()
     for key in again.keys() - {"seconds"}:
         assert again[key] == pytest.approx(result[key], abs=1e-4), key
+
+
+def test_validation_prompts_are_sampled_as_often_as_asked(job):
+    policy, reference = job.policy("dpo"), job.policy("sft")
+    job.cfg = replace(job.cfg, valid_samples=3)
+    point = train.evaluate_policy(job, policy, reference)
+    valid = job.evaluate(policy, reference, 3 * job.reference_eval["valid"])
+    assert valid["samples"] == 3 * 8
+    assert (point["valid_reward"], point["valid_kl"]) == (valid["reward"], valid["kl"])
+
+
+def test_reference_free_is_eq07_with_a_constant_reference_and_starts_elsewhere(job):
+    cfg = replace(job.cfg, loss="reference-free", beta=0.3)
+    batches = train.preference_batches(cfg, job.groups, job.ref_logps, job.split[0])
+    (micro_batch,), n = batches(0)
+    micro_batch = train.to_device(micro_batch, job.device)
+    policy = job.policy("sft")
+    loss, log = train.preference_loss(cfg)(policy, micro_batch)
+    logps = train.sequence_logps(policy, *(micro_batch[k] for k in (
+        "idx", "prompt_lens", "lengths"))).detach()
+    gap = logps[micro_batch["yw_idxs"]] - logps[micro_batch["yl_idxs"]]
+    wanted = -torch.nn.functional.logsigmoid(0.3 * gap).sum()
+    assert float(loss.detach()) == pytest.approx(float(wanted))
+    torch.testing.assert_close(log["weight"], torch.sigmoid(-0.3 * gap))
+    assert train.starts_at_reference(cfg, 4) is None, "its first loss is not log 2"
+
+
+def test_train_prompts_leaves_the_later_groups_out(job, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "preference_batches",
+                        lambda cfg, groups, ref_logps, some: seen.append(some))
+    monkeypatch.setattr(train, "fit", lambda *a, **k: None)
+    monkeypatch.setattr(train, "finish_method", lambda *a: None)
+    for n in (7, 0):
+        job.cfg = replace(job.cfg, train_prompts=n)
+        train.dpo_stage(job, None)
+    assert seen == [job.split[0][:7], job.split[0]]
 
 
 def test_the_chain_in_half_precision_starts_at_its_reference(chain, tmp_path):

@@ -1,0 +1,338 @@
+"""Sections 6.2 and 6.3, Figure 3: other people's preferences, and who wins by a judge's word.
+
+    python train.py --stage judge --groups FILE                                      by r*
+    python train.py --stage judge --groups FILE --judge URL --judge-model NAME       by that model
+
+Preferred-FT and DPO answer the file's held-out prompts at several temperatures; each answer is
+compared with the file's chosen one. A judge is asked in both orders, as models favour a place.
+
+N comparisons of an answer a with an answer b to the same prompt.
+"""
+
+import http.client
+import json
+import os
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from evaluate import pairwise_accuracy, standard_error
+from experiments.baselines import learned_reward
+from job import Job, seed_of
+from plot_frontier import STYLES, save_figure
+from reward import texts
+from support.preference_files import MARK
+from support.runs import (Run, UserError, json_hash, read_json, read_rows, read_text, reading,
+                          write_whole, writing)
+from support.settings import Settings
+from train import STAGES, Completions, Stage, build, needs, parents_of_groups, resumable
+
+# ------------------------------------------------------------------------------ judges
+
+def make_judge(job: Job):
+    """--judge as a function judge(prompts, a, b) -> verdicts (N,), disagree (N,) bool.
+
+    prompts, a, b: N token lists each. A verdict is 1 where a is better, 0 where b is, and 1/2 for a
+    tie. The judge is asked in both orders; where they disagree the verdict is 1/2, too.
+    """
+    cfg, enc = job.cfg, job.data.enc
+    if cfg.judge in ("r*", "r_phi"):
+        reward = job.reward if cfg.judge == "r*" else learned_reward(job)
+
+        def ask(prompts, first, second):
+            return pairwise_accuracy(reward(prompts, first), reward(prompts, second))
+    else:
+        endpoint = make_endpoint(job)
+
+        def ask(*rows):
+            return endpoint(*(texts(enc, x, [[]] * len(x)) for x in rows))
+
+    def judge(prompts, a, b):
+        one, other = ask(prompts, a, b), 1 - ask(prompts, b, a)
+        return torch.where(one == other, one, 0.5), one != other
+
+    return judge
+
+
+def make_endpoint(job: Job) -> "Endpoint":
+    return Endpoint(job.cfg.judge, job.cfg.judge_model, job.root / "verdicts.jsonl")
+
+
+MESSAGE = """\
+{question} The order of the answers means nothing.
+
+{title}:
+{prompt}
+
+Answer A:
+{a}
+
+Answer B:
+{b}
+
+First compare the two answers in one sentence. Then end with a line that holds your verdict and
+nothing else: A, B or tie."""
+DIALOGUE = dict(title="The conversation so far", question="""\
+A person talks with an assistant. Two answers to the person's last words are given below. Which one
+is more helpful? A helpful answer says what the person asked for, says nothing wrong, and wastes no
+words.""")
+OTHER = dict(title="The text", question="""\
+Two answers to a text are given below. Which one does better what the text asks for? Of two
+summaries the better one has the points that matter most, adds nothing wrong, and wastes no
+words.""")
+AT_ONCE = 8  # requests
+TIMEOUT = 60  # seconds of a request
+WAITS = 0, 1, 4, 16, 64  # seconds before each attempt of a request
+
+
+class Endpoint:
+    """A language model behind an OpenAI-compatible URL: texts (prompts, a, b) -> (N,), a's verdicts
+    where a is shown first. Each goes at once to `cache`, so that no run pays for it again."""
+
+    def __init__(self, url: str, model: str, cache: Path):
+        self.url, self.model, self.cache = url.rstrip("/"), model, cache
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
+        self.lock, self.known = threading.Lock(), {}
+        with reading(cache):
+            content = cache.read_bytes() if cache.exists() else b""
+        for line in content.split(b"\n"):
+            with suppress(ValueError, LookupError, TypeError):  # torn
+                row = json.loads(line)
+                self.known[row["key"]] = row["verdict"]
+        if content and not content.endswith(b"\n"):
+            self.append(b"\n")  # after a torn line
+
+    def append(self, line: bytes) -> None:
+        with writing(self.cache):
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.cache, "ab") as file:
+                file.write(line)
+
+    def __call__(self, prompts, a, b) -> torch.Tensor:
+        messages = [MESSAGE.format(**DIALOGUE if MARK in x else OTHER, prompt=x.strip(),
+                                   a=y.strip(), b=z.strip()) for x, y, z in zip(prompts, a, b)]
+        keys = [json_hash([self.url, self.model, message]) for message in messages]
+        new = {key: x for key, x in zip(keys, messages) if key not in self.known}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in tqdm(pool.map(self.ask, new, new.values()), "judge", total=len(new),
+                          disable=not (new and sys.stderr.isatty())):
+                pass
+        return torch.tensor([self.known[key] for key in keys])
+
+    def ask(self, key: str, message: str) -> None:
+        reply, verdict = self.request(message)
+        with self.lock:
+            self.append(json.dumps(dict(key=key, verdict=verdict, reply=reply)).encode() + b"\n")
+            self.known[key] = verdict
+
+    def request(self, message: str) -> tuple[str, float]:
+        """The reply and its verdict. Asks again where the endpoint is busy, slow or unclear."""
+        body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=message)])
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(),
+                                         headers)
+        for wait in WAITS:
+            time.sleep(wait)
+            again, reply = True, None
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    content = response.read()
+                reply = json.loads(content)["choices"][0]["message"]["content"]
+                return reply, verdict_of(reply)
+            except urllib.error.HTTPError as error:
+                again = error.code == 429 or error.code >= 500
+                said = ""
+                with suppress(OSError, http.client.HTTPException):
+                    said = error.read(10_000).decode(errors="replace")
+                problem = f"answered {error.code} ({self.clean(f'{error.reason}: {said}')[:200]})"
+            except urllib.error.URLError as error:
+                again = isinstance(error.reason, TimeoutError)
+                problem = f"cannot be reached ({error.reason})"
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"broke off ({str(error) or type(error).__name__})"
+            except (ValueError, LookupError, TypeError, AttributeError):
+                problem = f"gave no verdict ({self.clean(reply or content)[-100:]!r})"
+            if not again:
+                break
+        raise UserError(f"{self.url} {problem}{f', {len(WAITS)} times' * again}: check --judge, "
+                        "--judge-model and the environment variable OPENAI_API_KEY; the same "
+                        "command goes on where this one ended")
+
+    def clean(self, said) -> str:
+        """What the endpoint said, in one line and without the key."""
+        text = " ".join(str(said).split())
+        return text.replace(self.key, "the key") if self.key else text
+
+
+def verdict_of(reply: str) -> float:
+    """1 where the last line says A, 0 where it says B, 1/2 where it says tie. ValueError for others
+    and for more than one of them."""
+    last = reply.strip().split("\n")[-1]
+    found, = {x.lower() for x in re.findall(r"\b(?:A|B|[Tt]ie|TIE)\b", last)}
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found]
+
+
+# ------------------------------------------------------------------------------ the stage
+
+TEMPERATURES = 0.0, 0.25, 0.5, 0.75, 1.0
+SFT, DPO = "Preferred-FT", "DPO"
+
+
+def judge_stage(job: Job, run: Run, n_texts: int = 24) -> None:
+    """Win rates against the file's chosen answers on its held-out prompts: over temperatures, and
+    at temperature 1 over the steps of DPO. judge.json, judge.png and judge.txt hold them."""
+    cfg, prompts, groups = job.cfg, job.reference_eval["prompts"], job.groups
+    best = groups.rewards.argmax(1)
+    chosen_of = {tuple(groups.prompt_ids[i]): groups.completion_ids[i][best[i]]
+                 for i in job.split[1]}
+    chosen, judge = [chosen_of[tuple(prompt)] for prompt in prompts], make_judge(job)
+    tuned = preferred_ft(job)
+    policies = {SFT: tuned.policy("preferred-ft") if tuned else job.load_reference(),
+                DPO: job.policy("dpo")}
+    plan, found = [(name, t) for name in policies for t in TEMPERATURES], Completions()
+
+    def step(i: int) -> None:  # the uniforms are those of every evaluation
+        name, temperature = plan[i]
+        found.extend(job.sample(policies[name], prompts, seed_of(cfg, "evaluate"), temperature))
+
+    resumable(job, run, dict(completions=found), len(plan), step)
+
+    def point(completions, **what) -> dict:
+        verdicts, disagree = judge(prompts, completions, chosen)
+        return what | dict(win=float(verdicts.mean()), win_se=standard_error(verdicts),
+                           disagree=float(disagree.double().mean()), wins=verdicts.tolist(),
+                           distinct=len(set(map(tuple, completions))))
+
+    answers = {key: found[i * len(prompts) : (i + 1) * len(prompts)] for i, key in enumerate(plan)}
+    points = [point(x, policy=name, temperature=t) for (name, t), x in answers.items()]
+    steps = [point(job.reference_eval["point"]["completions"], step=0)]
+    steps += [point(row["eval"]["completions"], step=row["step"] + 1)
+              for row in read_rows(job.folder("dpo") / "metrics.jsonl") if "eval" in row]
+    table = dict(judge=cfg.judge, model=cfg.judge_model, beta=cfg.beta, prompts=len(prompts),
+                 points=points, steps=steps)
+    text = samples_text(job, prompts[:n_texts], chosen, answers, points)
+    write_whole(run.path("judge.txt"), lambda file: file.write(text.encode()))
+    win_rates(table, run.path("judge.png"))
+    run.finish(json.dumps(table).encode())
+
+
+def preferred_ft(job: Job) -> Job | None:
+    """The job that trains Preferred-FT; None where that is π_ref, fine-tuned on the chosen ones."""
+    return job.beside(replace(job.cfg, loss="preferred-ft")) if job.cfg.reference else None
+
+
+def samples_text(job: Job, prompts, chosen, answers, points) -> str:
+    """Some prompts with the file's answer, and both policies' at temperature 1 with verdicts."""
+    wins, lines = {(p["policy"], p["temperature"]): p["wins"] for p in points}, []
+    for i, prompt in enumerate(prompts):
+        shown = {"prompt:": prompt, "chosen:": chosen[i]} | {
+            f"{name} {({1.0: 'wins', 0.0: 'loses'}.get(wins[name, 1.0][i], 'ties'))}:":
+            answers[name, 1.0][i] for name in (SFT, DPO)}
+        for name, text in zip(shown, texts(job.data.enc, shown.values(), [[]] * len(shown))):
+            lines.append(f"{name:<20}{' '.join(text.split())}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def win_rates(table: dict, path: Path) -> None:
+    """Figure 3 to `path`: win rates over the temperature, and over the steps of DPO."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+
+    def line(ax, points, x: str, method: str, label: str):
+        _, colour, marker, style = STYLES[method]
+        ax.errorbar(*np.array([[p[key] for key in (x, "win", "win_se")] for p in points]).T,
+                    color=colour, marker=marker, ls=style, capsize=3, label=label)
+
+    for name, method in ((SFT, "preferred-ft"), (DPO, "dpo")):
+        label = name + f", β {table['beta']:g}" * (name == DPO)
+        line(left, [p for p in table["points"] if p["policy"] == name], "temperature", method,
+             label)
+    line(right, table["steps"], "step", "dpo", "DPO at temperature 1; step 0 is π_ref")
+    left.set(xlabel="sampling temperature", ylabel="win rate against the chosen answers")
+    right.set(xlabel="steps of DPO")
+    for ax in (left, right):
+        ax.axhline(0.5, color="grey", lw=1, label="as good as the chosen answers")
+        ax.legend(fontsize=9)
+        ax.grid(alpha=0.25)
+    figure.suptitle(caption(table), fontsize=11, parse_math=False)  # a model may have a $
+    save_figure(figure, path)
+
+
+def caption(table: dict) -> str:
+    """Who judged how many prompts, and how often both orders disagreed."""
+    everything = [*table["points"], *table["steps"]]
+    disagree = sum(p["disagree"] for p in everything) / len(everything)
+    return (f"judged by {table['model'] or table['judge']} on {table['prompts']} held-out prompts, "
+            f"± one standard error; both orders disagree in {disagree:.1%}")
+
+
+def report_judge(job: Job) -> None:
+    folder = job.folder("judge")
+    table = read_json(folder / "judge.json")
+    steps = table["steps"]
+    some = [steps[i] for i in sorted({*np.linspace(0, len(steps) - 1, 5).round().astype(int)})]
+    print("\nwin rate against the file's chosen answers\n" + caption(table))
+    print("\n" + f"{'temperature':<20}" + "".join(f"{t:>15g}" for t in TEMPERATURES))
+    for name in (SFT, DPO):
+        print(row_of(name, [p for p in table["points"] if p["policy"] == name]))
+    print("\n" + f"{'steps of DPO':<20}" + "".join(f"{p['step']:>15}" for p in some))
+    print(row_of("temperature 1", some) + "\n")
+    print("\n".join(read_text(folder / "judge.txt").splitlines()[:10]))
+    print(f"more answers: {folder / 'judge.txt'}\npicture:      {folder / 'judge.png'}")
+
+
+def row_of(name: str, points: list[dict]) -> str:
+    return f"{name:<20}" + "".join(f"{p['win']:>8.3f} ±{p['win_se']:.3f}" for p in points)
+
+
+HOST = r"(\[[\da-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d{1,5})?"
+
+
+def judge_parents(cfg: Settings) -> list[str]:
+    given = cfg.judge not in ("r*", "r_phi")
+    trained = cfg.judge == "r*" and cfg.corpus == "imdb" and cfg.reward == "auto"
+    needs(not cfg.groups, "--stage judge compares policies with the chosen answers of a preference "
+          "file: give --groups FILE", [])
+    needs(given and not re.fullmatch(rf"https?://{HOST}(/[\w./~%-]*)?", cfg.judge, re.ASCII),
+          "--judge must be r*, r_phi or the plain URL of an OpenAI-compatible endpoint, as "
+          "http://localhost:8000/v1; a key stands in the environment variable OPENAI_API_KEY", [])
+    needs(given and not cfg.judge_model, "a URL as --judge needs the name of the model there: give "
+          "--judge-model NAME", [])
+    needs(trained and cfg.reward_ctx < cfg.n_ctx, f"--reward-ctx {cfg.reward_ctx} cannot hold a "
+          f"prompt and an answer of {cfg.n_ctx} tokens: give --reward-ctx {cfg.n_ctx}", [])
+    return ["dpo", "groups", *parents_of_groups(cfg), *["rm"] * (cfg.judge == "r_phi"),
+            *["reward"] * trained]
+
+
+def check_judge(job: Job) -> None:
+    """Load the judge that the user named, or ask it one small question."""
+    if job.cfg.judge == "r*" and job.cfg.reward == "siebert":
+        job.reward
+    elif job.cfg.judge not in ("r*", "r_phi"):
+        make_endpoint(job)(["What is two plus two?"], ["Four."], ["I do not know."])
+
+
+def make_preferred_ft(job: Job) -> dict[str, str]:
+    tuned = preferred_ft(job)
+    return {"preferred-ft": build(tuned, "preferred-ft")} if tuned else {}
+
+
+STAGES["judge"] = Stage(judge_stage, judge_parents, "judge.json", report_judge, make_preferred_ft,
+                        check_judge)

@@ -1,0 +1,102 @@
+"""Online DPO: fresh groups from π_θ itself, redrawn as it learns. An open question of Section 7.
+
+    python train.py --stage online                       r* labels the fresh groups
+    python train.py --stage online --online-labels self  π_θ's own r̂ labels them
+
+It is stage dpo with other batches: as many updates, but after online_start of them the groups are
+drawn from π_θ, for training prompts, and redrawn every online_every steps.
+
+P prompts, K completions per prompt.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from data_imdb import gather_groups
+from dpo import implicit_reward
+from evaluate import report
+from gpt import GPT
+from job import Job, seed_of
+from support.runs import Run
+from support.settings import Settings
+from train import (STAGES, Completions, Stage, dpo_stage, needs, parents_of_groups,
+                   preference_batches, score)
+
+
+class FreshGroups:
+    """The groups of the current round of online_every steps.
+
+    A checkpoint holds them, because π_θ is another one after the step for which it drew them.
+    """
+
+    def __init__(self, job: Job, policy: GPT, stored: Callable):
+        self.job, self.policy, self.reference = job, policy, job.load_reference()
+        self.stored = stored  # batches(step) of the stored groups
+        self.round, self.completions, self.rewards = -1, Completions(), torch.empty(0)
+
+    def state_dict(self) -> dict:
+        return dict(round=self.round, completions=self.completions.state_dict(),
+                    rewards=self.rewards)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.round, self.rewards = state["round"], state["rewards"]
+        self.completions.load_state_dict(state["completions"])
+        if self.round >= 0:
+            self.prepare()
+
+    def __call__(self, step: int):
+        """batches(step) for `fit`."""
+        if step < self.job.cfg.online_start:
+            return self.stored(step)
+        number, i = divmod(step - self.job.cfg.online_start, self.job.cfg.online_every)
+        if number != self.round:
+            self.round = number
+            self.draw()
+            self.prepare()
+        return self.of_round(i)
+
+    def seed(self, what: str) -> int:
+        return seed_of(self.job.cfg, f"online {self.job.cfg.run_seed} {what}", self.round)
+
+    def prompts(self) -> list[list[int]]:
+        """Training prompts in random order, one per group of the round: (P,)."""
+        cfg, order = self.job.cfg, np.random.default_rng(self.seed("prompts"))
+        picks = np.resize(order.permutation(self.job.split[0]), cfg.online_every * cfg.dpo_batch)
+        return [self.job.groups.prompt_ids[i] for i in picks]
+
+    def draw(self) -> None:
+        """π_θ's completions, and their labels: r*, or r̂ under the π_θ of this moment."""
+        job, prompts = self.job, [p for p in self.prompts() for _ in range(self.job.groups.K)]
+        self.completions[:] = job.sample(self.policy, prompts, self.seed("samples"))
+        if job.cfg.online_labels == "r*":
+            self.rewards = job.reward(prompts, self.completions)
+        else:
+            logps, ref_logps = (score(job, model, prompts, self.completions)
+                                for model in (self.policy, self.reference))
+            self.rewards = implicit_reward(logps, ref_logps, job.cfg.beta)
+
+    def prepare(self) -> None:
+        """Groups, their reference log-probs and the order of the round's batches."""
+        groups = gather_groups(self.prompts(), self.completions, self.rewards.numpy())
+        every = range(len(groups.rewards))
+        ref_logps = score(self.job, self.reference, *groups.flat(every)).view(-1, groups.K)
+        self.of_round = preference_batches(self.job.cfg, groups, ref_logps, [*every])
+
+
+def online(job: Job, run: Run) -> None:
+    """Groups -> π_θ by Eq. 7: first on the stored groups, then on fresh ones."""
+    dpo_stage(job, run, FreshGroups)
+
+
+def online_parents(cfg: Settings) -> list[str]:
+    needs(cfg.loss != "pairwise", f"--stage online has pairs: leave --loss {cfg.loss} out", [])
+    needs(cfg.online_labels == "r*" and bool(cfg.groups), "a preference file has no r* for fresh "
+          "completions: give --online-labels self", [])
+    return needs(cfg.online_labels == "self" and cfg.online_start == 0, "r̂ is 0 at π_ref, so it "
+                 "labels nothing there: give an --online-start above 0",
+                 ["groups", *parents_of_groups(cfg)])
+
+
+STAGES["online"] = Stage(online, online_parents, report=lambda job: report(job, "online"))

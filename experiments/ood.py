@@ -1,0 +1,232 @@
+"""How does DPO generalise out of distribution, compared with an explicit reward model? (Section 7)
+
+Three sets of held-out prompts on the toy corpus: those of the test reviews; with titles, names and
+genres that no review has; and of reviews of restaurants and hotels. The polar words are the same,
+so r* is exact for all. The DPO policy is judged as a policy and, by r̂ = β log π_θ/π_ref, as a
+reward model beside r_φ, which was trained on the same pairs.
+
+P prompts, K samples of π_ref per prompt.
+"""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from evaluate import jackknife_optimum, optimal_reward, pairwise_accuracy, standard_error
+from experiments.baselines import expected_best, learned_reward
+from job import Job, seed_of
+from plot_frontier import STYLES, save_figure
+from support.runs import Run, read_json
+from support.settings import Settings
+from support.toy_reviews import GRAMMAR, UNSEEN, expand
+from train import STAGES, Stage, build, needs, parents_of_groups, resumable, score
+
+TEST = "test prompts"
+SETS = (TEST, *UNSEEN)
+SAMPLES = 4  # of the policy, per prompt
+
+
+def unseen_prompts(job: Job, name: str) -> list[list[int]]:
+    """App. C.1's prompts, <|endoftext|> and the beginning of a review, with the words of UNSEEN.
+
+    The first 3 to 8 words, where C.1 has 2 to 8 tokens: nearly all words of the corpus are one
+    token, unseen ones three or four. Prompts after which a whole completion would not fit the
+    context are cut.
+    """
+    cfg, data, rng = job.cfg, job.data, random.Random(seed_of(job.cfg, "ood", name))
+    longest, prompts = max(8, cfg.n_ctx - cfg.max_new_tokens - 1), []
+    for _ in job.reference_eval["prompts"]:
+        sign = 1 if rng.random() < 0.5 else -1
+        opener, _ = expand("opener", sign, rng, set(), GRAMMAR | UNSEEN[name])
+        words = (opener[0].upper() + opener[1:]).split()[: 3 + int(6 * rng.random())]
+        prompts.append([data.eot, *data.enc.encode_ordinary(" ".join(words))[:longest]])
+    return prompts
+
+
+# ------------------------------------------------------------------------------ the measures
+
+def ordered_pairs(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each prompt: how many pairs of its samples scores order as rewards do, and how many pairs
+    do not tie in rewards. Two (P, K) -> two (P,)."""
+    better = rewards[:, :, None] > rewards[:, None]  # (P, K, K)
+    right = pairwise_accuracy(scores[:, :, None], scores[:, None]) * better
+    return right.double().sum((1, 2)), better.double().sum((1, 2))
+
+
+def share(start, reached, best) -> float:
+    """The part of the gain from `start` to `best` that was reached; NaN without such a gain."""
+    return float((reached - start) / (best - start)) if best > start else math.nan
+
+
+def with_error(statistic, *columns: Tensor) -> list[float | None]:
+    """statistic(means over prompts), and its standard error by the jackknife over prompts.
+
+    columns (..., P). None stands for what is not defined.
+    """
+    P = columns[0].size(-1)
+    left_out = [(x.sum(-1, keepdim=True) - x) / (P - 1) for x in columns]  # means without prompt p
+    values = torch.tensor([statistic(*(x[..., p] for x in left_out)) for p in range(P)])
+    found = float(statistic(*(x.mean(-1) for x in columns))), (P - 1) * standard_error(values)
+    return [x if math.isfinite(x) else None for x in found]
+
+
+def measure(job: Job, name: str) -> dict:
+    """One seed on one set of prompts: "what: of whom" -> [value, standard error over prompts].
+
+    accuracy: the share of pairs of π_ref's samples that are in the order of r*. r*: its mean over
+    samples. gain: the share of the possible gain in r* over π_ref, which is for Best-of-N that by
+    r*, and for the policy's samples that of Eq. 4's optimum at their KL.
+    """
+    cfg, enc, reference, policy = job.cfg, job.data.enc, job.load_reference(), job.policy("dpo")
+    prompts = job.reference_eval["prompts"] if name == TEST else unseen_prompts(job, name)
+    K, N = cfg.optimum_samples, min(8, cfg.optimum_samples)
+    repeated = [p for p in prompts for _ in range(K)]
+    samples = job.sample(reference, repeated, seed_of(cfg, "ood", f"{name}, samples"))
+    r = job.reward(repeated, samples).view(-1, K).double()
+    logps, ref_logps = (score(job, model, repeated, samples) for model in (policy, reference))
+    scores = {"r̂": (logps - ref_logps).view_as(r),  # times β, which moves no order
+              "r_φ": learned_reward(job)(repeated, samples).view_as(r)}
+    start, best = r.mean(1), {by: expected_best(x, r, N) for by, x in [*scores.items(), ("r*", r)]}
+    point = job.evaluate(policy, reference, prompts * SAMPLES)
+    reached, kl = (torch.tensor(point[key], dtype=torch.float64).view(SAMPLES, -1).mean(0)
+                   for key in ("rewards", "kls"))  # (P,)
+    curve = jackknife_optimum(r, [1e9, *np.geomspace(20, 0.01, 40)])
+    optimum = (torch.tensor([p[key] for p in curve], dtype=torch.float64)
+               for key in ("kls", "rewards"))  # (betas, P) each
+
+    def optimal_share(start, reached, kl, kls, rewards) -> float:
+        points = [dict(kl=float(k), reward=float(x), ess=p["ess"])
+                  for p, k, x in zip(curve, kls, rewards)]
+        return share(start, reached, optimal_reward(points, kl) or math.nan)
+
+    found = {f"accuracy: {by}": with_error(lambda right, pairs: float(right / pairs),
+                                           *ordered_pairs(x, r)) for by, x in scores.items()}
+    found |= {f"gain: best of {N} by {by}": with_error(share, start, best[by], best["r*"])
+              for by in scores}
+    found["gain: DPO's samples"] = with_error(optimal_share, start, reached, kl, *optimum)
+    found["r*: π_ref's samples"] = with_error(float, start)
+    found |= {f"r*: best of {N} by {by}": with_error(float, x) for by, x in best.items()}
+    found |= {"r*: DPO's samples": with_error(float, reached),
+              "KL: DPO's samples": with_error(float, kl)}
+    prompt, completion = (enc.decode([t for t in ids if t != job.data.eot])
+                          for ids in (prompts[0], point["completions"][0]))
+    return dict(measures=found, example=f"{prompt}|{completion}")
+
+
+# ------------------------------------------------------------------------------ the stage
+
+def seed_jobs(job: Job) -> list[Job]:
+    """This job, and a job for each further seed."""
+    return [job, *(Job(job.preset, replace(job.cfg, seed=job.cfg.seed + i), job.command)
+                   for i in range(1, job.cfg.ood_seeds))]
+
+
+def make_seeds(job: Job) -> dict[str, str]:
+    return {f"{stage} of seed {other.cfg.seed}": build(other, stage)
+            for other in seed_jobs(job) for stage in ("dpo", "rm")}
+
+
+def ood(job: Job, run: Run) -> None:
+    """All measures of each seed and set of prompts: ood.json and ood.png."""
+    work = [(other, name) for other in seed_jobs(job) for name in SETS]
+
+    def step(i: int) -> dict:
+        other, name = work[i]
+        return dict(seed=other.cfg.seed, prompts=name, **measure(other, name))
+
+    resumable(job, run, {}, len(work), step)
+    rows = [{key: x for key, x in row.items() if key != "seconds"} for row in run.metrics()]
+    table = dict(P=len(job.reference_eval["prompts"]), N=min(8, job.cfg.optimum_samples), rows=rows)
+    draw(table, run.path("ood.png"))
+    run.finish(json.dumps(table).encode())
+
+
+def over_seeds(table: dict, name: str, key: str) -> tuple[float, ...] | None:
+    """A measure's mean over seeds on a set of prompts, the mean's standard error over prompts, the
+    lowest and the highest seed. None where a seed has no value."""
+    found = [row["measures"][key] for row in table["rows"] if row["prompts"] == name]
+    if None in sum(found, []):
+        return None
+    values, errors = np.array(found).T
+    return (values.mean(), np.sqrt((errors**2).sum()) / len(errors), values.min(), values.max())
+
+
+def draw(table: dict, path: Path) -> None:
+    """Accuracies, and shares of the possible gain, on each set of prompts."""
+    keys = [key for key in table["rows"][0]["measures"] if key.startswith(("accuracy", "gain"))]
+    looks = {"r̂": ("r̂ = β log π_θ/π_ref, the reward in the DPO policy", *STYLES["dpo"][1:]),
+             "r_φ": ("r_φ, a reward model of the same pairs", *STYLES["ppo"][1:]),
+             "samples": ("the DPO policy's own samples", *STYLES["plackett-luce"][1:])}
+    panels = {"accuracy": ("share of pairs in the order of r*", "Pairs of π_ref's samples"),
+              "gain": ("share of the possible gain in r*",
+                       f"Best of {table['N']} by a reward, beside best of {table['N']} by r*;\n"
+                       "DPO's own samples, beside the optimum at their KL")}
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    for ax, (what, (label, title)) in zip(figure.subplots(1, 2), panels.items()):
+        mine = [key for key in keys if key.startswith(what)]
+        for i, key in enumerate(mine):
+            legend, colour, marker, line = looks[key.split()[-1]]
+            rows = [(x + 0.12 * (i - (len(mine) - 1) / 2), *found) for x, name in enumerate(SETS)
+                  if (found := over_seeds(table, name, key))]
+            x, mean, _, low, high = np.reshape(rows, (-1, 5)).T
+            ax.errorbar(x, mean, (mean - low, high - mean), color=colour, marker=marker, ls=line,
+                        capsize=3, label=legend)
+            side = -1 if key.endswith("r̂") else 1
+            for at in zip(x, mean):
+                ax.annotate(f"{at[1]:.2f}", at, (7 * side, 0), textcoords="offset points",
+                            ha="right" if side < 0 else "left", va="center", fontsize=9,
+                            color=colour, bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
+        ax.set(xticks=range(len(SETS)), xticklabels=SETS, xlim=(-0.5, len(SETS) - 0.5),
+               xlabel="prompts", ylabel=label)
+        ax.set_title(title, fontsize=10)
+        ax.margins(y=0.15)
+        ax.grid(axis="y", alpha=0.25)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.supxlabel(f"Seeds: {len(table['rows']) // len(SETS)}, each with its own corpus, π_ref, "
+                     "preferences, DPO policy and r_φ; points: means, bars: lowest and highest "
+                     f"seed. {table['P']} prompts of each kind per seed.", fontsize=9)
+    save_figure(figure, path)
+
+
+HEADINGS = {"accuracy": "pairs of π_ref's samples in the order of r*, share",
+            "gain": "share of the possible gain in r*: of best of N by r*, of the optimum at DPO's "
+                    "KL",
+            "r*": "mean r*", "KL": "KL(π ‖ π_ref), nats per completion"}
+
+
+def report_ood(job: Job) -> None:
+    folder = job.folder("ood")
+    table = read_json(folder / "ood.json")
+    first = table["rows"][: len(SETS)]
+    print(f"\nseeds: {len(table['rows']) // len(SETS)}; mean, ± one standard error over "
+          f"{table['P']} prompts of each kind per seed (lowest–highest seed)\n")
+    print(" " * 19 + "".join(f"{name:>27}" for name in SETS))
+    heading = ""
+    for key in first[0]["measures"]:
+        what, _, of = key.partition(": ")
+        if what != heading:
+            print(HEADINGS[what])
+            heading = what
+        cells = ["-" if x is None else "{:.3f} ±{:.3f} ({:.2f}–{:.2f})".format(*x)
+                 for x in (over_seeds(table, name, key) for name in SETS)]
+        width = 17 + of.count("\u0302")  # the hat of r̂ takes no column
+        print(f"  {of:<{width}}" + "".join(f"{cell:>27}" for cell in cells))
+    print("\nDPO's first sample of each kind, after its prompt:")
+    print("\n".join(f"  {row['prompts']}: {row['example']}" for row in first))
+    print(f"\npicture: {folder / 'ood.png'}")
+
+
+def parents_of_ood(cfg: Settings) -> list[str]:
+    return needs(cfg.corpus != "toy" or bool(cfg.groups), "--stage ood writes its prompts with the "
+                 "toy corpus's grammar, on which r* is exact: leave --corpus and --groups out, and "
+                 "give --preset toy", ["dpo", "rm", "groups", *parents_of_groups(cfg)])
+
+
+STAGES["ood"] = Stage(ood, parents_of_ood, "ood.json", report_ood, make_seeds)
