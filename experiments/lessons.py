@@ -96,8 +96,8 @@ def report_inspect(job: Job) -> None:
 
 # ------------------------------------------------------------------------------ degenerate
 
-# a small β and a rate that does not decay, with which a few hundred steps show the difference
-ABLATION = dict(beta=0.1, dpo_optimizer="adamw", dpo_schedule="constant", dpo_steps=300,
+# a rate that does not decay, with which a few hundred steps show the difference
+ABLATION = dict(dpo_optimizer="adamw", dpo_schedule="constant", dpo_steps=300,
                 dpo_warmup=0, eval_every=50, loss="pairwise")
 
 
