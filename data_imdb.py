@@ -357,7 +357,8 @@ def gather_groups(prompts: list[list[int]], samples: list[list[int]],
     K = rewards.shape[1]
     keep = np.flatnonzero((rewards != rewards[:, :1]).any(1))
     if not len(keep):
-        raise UserError("every completion of every prompt has the same reward: nothing to prefer")
+        raise UserError("every completion of every prompt has the same reward: nothing to prefer; "
+                        "give more prompts, or in --stage online a larger --online-every")
     return Groups([prompts[i] for i in keep], [samples[i * K : (i + 1) * K] for i in keep],
                   rewards[keep], True, {"equal rewards": len(prompts) - len(keep)})
 

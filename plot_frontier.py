@@ -63,8 +63,8 @@ def reference(points: list[dict]) -> dict:
 
 
 def reliable_optimum(points: list[dict], method: str = "optimum") -> list[dict]:
-    """The optimum's points that rest on at least 3 effective samples per prompt, by KL. The same
-    of additive-tilt."""
+    """The points that rest on at least 3 effective samples per prompt, by KL: of the optimum, or of
+    score-tilt."""
     return sorted((p for p in series(points, method) if (p["ess"] or 0) >= 3),
                   key=lambda p: p["kl"])
 
@@ -138,7 +138,7 @@ def frontier(points: list[dict]) -> Figure:
     if best := [p for p in reliable_optimum(points) if p["kl"] > 0.1]:
         far.plot(*([p[key] for p in best] for key in ("kl", "reward")), "k-", lw=3)
     far.axvline(limit, color="grey", lw=1, ls=":")
-    far.set(xscale="log", xlabel=KL, title="trained policies, also far out")
+    far.set(xscale="log", xlabel=KL, ylabel=REWARD, title="trained policies, also far out")
     return finish(figure, points, "Light: every point, ± 1 standard error; lines: upper envelopes "
                   "of the means over seeds. Best-of-N stands at log N - (N-1)/N, a bound on its "
                   "KL.")
@@ -179,9 +179,9 @@ def plot_optimum(ax, points: list[dict], shown: list[dict]) -> float:
         ax.plot(kl, reward, "k-", lw=3, label="optimum, Eq. 4")
         ax.fill_between(kl, reward, 2, hatch="///", facecolor="#f6f6f6", edgecolor="#d0d0d0", lw=0,
                         label="above it: out of reach")
-    if tilt := [p for p in reliable_optimum(points, "additive-tilt") if p["kl"] <= limit]:
+    if tilt := [p for p in reliable_optimum(points, "score-tilt") if p["kl"] <= limit]:
         ax.plot(*([p[key] for p in tilt] for key in ("kl", "reward")), "k--", lw=1.2,
-                label="best tilt that adds up over words")
+                label="tilt by the score, logit r*")
     rewards = [p["reward"] for p in shown if p["kl"] <= limit] or [p["reward"] for p in shown]
     low, high = min(rewards), max(rewards + [p["reward"] for p in best])
     pad = 0.06 * (high - low) + 0.005

@@ -81,7 +81,7 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
         if evaluation and (last or (i + 1) % every == 0):
             state(i)  # a model of NaN is not evaluated
             found = evaluation()
-            # of other people's prompts the completions, too: --stage judge reads them
+            # with --groups also the completions: --stage judge reads them
             logged = found if job.cfg.groups else without_texts(found)
             check_finite(run, logged, "the evaluation", i, saved)
             run.log(dict(step=i, eval=logged))
@@ -407,8 +407,7 @@ def groups(job: Job, run: Run) -> None:
         rewards, n = judge(repeated, samples), len(prompts) * cfg.num_completions
         groups = data_imdb.gather_groups(prompts, samples[:n], rewards[:n])
         notes = groups.dropped | {"evaluation prompts drawn again": redrawn}
-        optimum = jackknife_optimum(rewards[n:].view(len(held_out), -1),
-                                    [1e9, *np.geomspace(20, 0.01, 40)])
+        optimum = jackknife_optimum(rewards[n:].view(len(held_out), -1))
         for point in optimum:
             del point["rewards"], point["kls"]  # of each prompt
     print(f"  groups: {len(groups.rewards):,} prompts of {groups.K} completions; left out or drawn "
@@ -535,7 +534,7 @@ HELD_OUT = 128  # held-out groups that an evaluation looks at
 def dpo_stage(job: Job, run: Run, fresh_groups=None) -> None:
     """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once.
 
-    fresh_groups(job, policy, batches): in online DPO takes the place of these batches.
+    fresh_groups(job, policy, batches) gives online DPO the batches to use in place of `batches`.
     """
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
     train = train[: cfg.train_prompts or None]
@@ -554,10 +553,11 @@ def dpo_stage(job: Job, run: Run, fresh_groups=None) -> None:
     with student.own_code(dpo, cfg.dpo_module):  # π_ref and the groups are made without it
         if cfg.loss == "plackett-luce":
             train = ranked(groups, train)
-        batches, loss_fn = (student.blamed(f, cfg.dpo_module) for f in (
-            preference_batches(cfg, groups, ref_logps, train), preference_loss(cfg)))
-        fresh = fresh_groups and fresh_groups(job, policy, batches)
-        point = fit(job, run, policy, fresh or batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
+        stored = preference_batches(cfg, groups, ref_logps, train)
+        fresh = fresh_groups and fresh_groups(job, policy, stored)
+        batches, loss_fn = (student.blamed(f, cfg.dpo_module)
+                            for f in (fresh or stored, preference_loss(cfg)))
+        point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
                     warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
                     grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
                     check=starts_at_reference(cfg, groups.K), evaluation=evaluation,

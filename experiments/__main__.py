@@ -5,7 +5,6 @@ import sys
 import train  # first: it sets an environment variable that torch reads  # isort: skip
 import experiments.judge
 import experiments.lessons
-import experiments.online
 import experiments.ood
 import experiments.variance
 import experiments.sweep  # noqa: F401  each import adds its stages, ppo and baselines through sweep

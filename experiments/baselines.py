@@ -112,8 +112,9 @@ KEPT = 32  # samples per prompt that are kept
 def best_of_n(job: Job, run: Run) -> None:
     """K samples of π_ref per test prompt, scored by r* and r_φ: (P, K) each.
 
-    For other rewards the first KEPT completions of each prompt are kept; samples.txt has the best
-    of them by r_φ. Of each validation prompt optimum_samples are scored by r*: (P, K) too.
+    samples.pt holds them as rewards and learned, and as completions the first KEPT of each prompt,
+    so that r̂ can score those later; samples.txt shows the best of these by r_φ. It also holds, as
+    valid, r* of optimum_samples per validation prompt: (validation prompts, optimum_samples).
     """
     K, cfg, known = job.cfg.best_of, job.cfg, job.reference_eval
     prompts = [p for p in known["prompts"] for _ in range(K)]
@@ -162,6 +163,11 @@ def report_best_of_n(job: Job) -> None:
 def needs_true_reward(cfg: Settings, stage: str, *parents: str) -> list[str]:
     return needs(bool(cfg.groups), f"--stage {stage} needs r*, and a preference file has none: "
                  "leave --groups out", ["groups", *parents, *parents_of_groups(cfg)])
+
+
+def all_groups(cfg: Settings, stage: str, parents: list[str]) -> list[str]:
+    return needs(cfg.train_prompts > 0, f"--train-prompts is for --stage dpo alone, and --stage "
+                 f"{stage} would use all groups beside: leave it out", parents)
 
 
 STAGES["rm"] = Stage(rm, lambda cfg: ["groups", *parents_of_groups(cfg)], report=report_rm)

@@ -158,8 +158,8 @@ def overoptimisation(rows: list[dict], optimum: list[dict], path: Path) -> None:
         true.errorbar(step, reward, error, fmt=style, ms=4, capsize=2, label=name)
         implicit.plot(step, r_hat, style, ms=4)
         plane.plot(kl, reward, style, ms=4)
-    best = sorted((p["kl"], p["reward"]) for p in optimum if p["ess"] >= 3)
-    plane.plot(*zip(*best), "k-", lw=2.5, label="optimum, Eq. 4", zorder=0)
+    if best := sorted((p["kl"], p["reward"]) for p in optimum if p["ess"] >= 3):
+        plane.plot(*zip(*best), "k-", lw=2.5, label="optimum, Eq. 4", zorder=0)
     true.set(title="what is wanted: r*", xlabel="step", ylabel=REWARD)
     implicit.set(title="what is trained: r̂", xlabel="step", yscale="symlog",
                  ylabel="mean r̂ = β log π/π_ref of own samples")

@@ -1,10 +1,11 @@
-"""Sections 6.2 and 6.3, Figure 3: other people's preferences, and who wins by a judge's word.
+"""Sections 6.2 and 6.3, Figure 3: other people's preferences, and win rates by a judge's verdict.
 
     python train.py --stage judge --groups FILE                                      by r*
     python train.py --stage judge --groups FILE --judge URL --judge-model NAME       by that model
 
 Preferred-FT and DPO answer the file's held-out prompts at several temperatures; each answer is
-compared with the file's chosen one. A judge is asked in both orders, as models favour a place.
+compared with the file's chosen one. A judge is asked in both orders, because models favour the
+first or the second answer.
 
 N comparisons of an answer a with an answer b to the same prompt.
 """
@@ -15,7 +16,6 @@ import os
 import re
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +106,7 @@ class Endpoint:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-        self.lock, self.known = threading.Lock(), {}
+        self.lock, self.stopped, self.known = threading.Lock(), threading.Event(), {}
         with reading(cache):
             content = cache.read_bytes() if cache.exists() else b""
         for line in content.split(b"\n"):
@@ -128,10 +128,18 @@ class Endpoint:
         keys = [json_hash([self.url, self.model, message]) for message in messages]
         new = {key: x for key, x in zip(keys, messages) if key not in self.known}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for _ in tqdm(pool.map(self.ask, new, new.values()), "judge", total=len(new),
-                          disable=not (new and sys.stderr.isatty())):
-                pass
-        return torch.tensor([self.known[key] for key in keys])
+            try:
+                for _ in tqdm(pool.map(self.ask, new, new.values()), "judge", total=len(new),
+                              disable=not (new and sys.stderr.isatty())):
+                    pass
+            except BaseException:  # Ctrl-C: no request is made again, and none of those that wait
+                self.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        verdicts = [self.known[key] for key in keys]
+        if unclear := verdicts.count(None):
+            print(f"  {unclear} of {len(keys)} replies hold no verdict, and count as ties")
+        return torch.tensor([0.5 if v is None else v for v in verdicts])
 
     def ask(self, key: str, message: str) -> None:
         reply, verdict = self.request(message)
@@ -139,8 +147,9 @@ class Endpoint:
             self.append(json.dumps(dict(key=key, verdict=verdict, reply=reply)).encode() + b"\n")
             self.known[key] = verdict
 
-    def request(self, message: str) -> tuple[str, float]:
-        """The reply and its verdict. Asks again where the endpoint is busy, slow or unclear."""
+    def request(self, message: str) -> tuple[str, float | None]:
+        """The reply and its verdict: None where every reply is unclear. Asks again where the
+        endpoint is busy, slow or unclear."""
         body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=message)])
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -148,8 +157,9 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(),
                                          headers)
         for wait in WAITS:
-            time.sleep(wait)
-            again, reply = True, None
+            if self.stopped.wait(wait):
+                raise UserError("stopped")
+            again, reply, content = True, None, b""
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                     content = response.read()
@@ -167,9 +177,11 @@ class Endpoint:
             except (OSError, http.client.HTTPException) as error:
                 problem = f"broke off ({str(error) or type(error).__name__})"
             except (ValueError, LookupError, TypeError, AttributeError):
-                problem = f"gave no verdict ({self.clean(reply or content)[-100:]!r})"
+                problem = f"gave no answer ({self.clean(content)[-100:]!r})"
             if not again:
                 break
+        if isinstance(reply, str):
+            return reply, None
         raise UserError(f"{self.url} {problem}{f', {len(WAITS)} times' * again}: check --judge, "
                         "--judge-model and the environment variable OPENAI_API_KEY; the same "
                         "command goes on where this one ended")
@@ -289,6 +301,8 @@ def report_judge(job: Job) -> None:
     steps = table["steps"]
     some = [steps[i] for i in sorted({*np.linspace(0, len(steps) - 1, 5).round().astype(int)})]
     print("\nwin rate against the file's chosen answers\n" + caption(table))
+    if all(set(p["wins"]) == {0.5} for p in table["points"]):
+        print("every comparison is a tie: this judge tells no two of these answers apart")
     print("\n" + f"{'temperature':<20}" + "".join(f"{t:>15g}" for t in TEMPERATURES))
     for name in (SFT, DPO):
         print(row_of(name, [p for p in table["points"] if p["policy"] == name]))
@@ -326,7 +340,11 @@ def check_judge(job: Job) -> None:
     if job.cfg.judge == "r*" and job.cfg.reward == "siebert":
         job.reward
     elif job.cfg.judge not in ("r*", "r_phi"):
-        make_endpoint(job)(["What is two plus two?"], ["Four."], ["I do not know."])
+        question = MESSAGE.format(**OTHER, prompt="What is two plus two?", a="Four.", b="Five.")
+        endpoint = make_endpoint(job)
+        reply, verdict = endpoint.request(question)
+        needs(verdict is None, f"{job.cfg.judge_model} ends its reply with no verdict "
+              f"({endpoint.clean(reply)[-100:]!r}): give another --judge-model", [])
 
 
 def make_preferred_ft(job: Job) -> dict[str, str]:

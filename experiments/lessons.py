@@ -89,7 +89,7 @@ def report_inspect(job: Job) -> None:
           f"correlation within a prompt {table['rank_correlation']:.3f}, linear "
           f"{table['correlation']:.3f}")
     if learned := table.get("learned"):
-        print(f"r_φ, a reward model trained on the same pairs: {learned['accuracy']:.1%}, "
+        print(f"r_φ, the reward model of stage rm: {learned['accuracy']:.1%}, "
               f"{learned['rank_correlation']:.3f}")
     print(f"picture: {folder / 'inspect.png'}")
 

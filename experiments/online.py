@@ -14,9 +14,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+import dpo
 from data_imdb import gather_groups
-from dpo import implicit_reward
 from evaluate import report
+from experiments.baselines import all_groups
 from gpt import GPT
 from job import Job, seed_of
 from support.runs import Run
@@ -35,6 +36,7 @@ class FreshGroups:
         self.job, self.policy, self.reference = job, policy, job.load_reference()
         self.stored = stored  # batches(step) of the stored groups
         self.round, self.completions, self.rewards = -1, Completions(), torch.empty(0)
+        self.of_round = None  # batches(step) of the round
 
     def state_dict(self) -> dict:
         return dict(round=self.round, completions=self.completions.state_dict(),
@@ -43,8 +45,6 @@ class FreshGroups:
     def load_state_dict(self, state: dict) -> None:
         self.round, self.rewards = state["round"], state["rewards"]
         self.completions.load_state_dict(state["completions"])
-        if self.round >= 0:
-            self.prepare()
 
     def __call__(self, step: int):
         """batches(step) for `fit`."""
@@ -52,8 +52,9 @@ class FreshGroups:
             return self.stored(step)
         number, i = divmod(step - self.job.cfg.online_start, self.job.cfg.online_every)
         if number != self.round:
-            self.round = number
+            self.round, self.of_round = number, None
             self.draw()
+        if not self.of_round:  # also in a run that goes on
             self.prepare()
         return self.of_round(i)
 
@@ -75,7 +76,7 @@ class FreshGroups:
         else:
             logps, ref_logps = (score(job, model, prompts, self.completions)
                                 for model in (self.policy, self.reference))
-            self.rewards = implicit_reward(logps, ref_logps, job.cfg.beta)
+            self.rewards = dpo.implicit_reward(logps, ref_logps, job.cfg.beta)
 
     def prepare(self) -> None:
         """Groups, their reference log-probs and the order of the round's batches."""
@@ -91,7 +92,11 @@ def online(job: Job, run: Run) -> None:
 
 
 def online_parents(cfg: Settings) -> list[str]:
-    needs(cfg.loss != "pairwise", f"--stage online has pairs: leave --loss {cfg.loss} out", [])
+    needs(cfg.loss != "pairwise", f"--stage online learns from pairs: leave --loss {cfg.loss} out",
+          [])
+    needs(cfg.online_start >= cfg.dpo_steps, f"all {cfg.dpo_steps} steps would be on the stored "
+          f"groups: give an --online-start below --dpo-steps, not {cfg.online_start}", [])
+    all_groups(cfg, "online", [])
     needs(cfg.online_labels == "r*" and bool(cfg.groups), "a preference file has no r* for fresh "
           "completions: give --online-labels self", [])
     return needs(cfg.online_labels == "self" and cfg.online_start == 0, "r̂ is 0 at π_ref, so it "

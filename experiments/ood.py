@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluate import jackknife_optimum, optimal_reward, pairwise_accuracy, standard_error
-from experiments.baselines import expected_best, learned_reward
+from experiments.baselines import all_groups, expected_best, learned_reward
 from job import Job, seed_of
 from plot_frontier import STYLES, save_figure
 from support.runs import Run, read_json
@@ -30,7 +30,9 @@ from train import STAGES, Stage, build, needs, parents_of_groups, resumable, sco
 
 TEST = "test prompts"
 SETS = (TEST, *UNSEEN)
-SAMPLES = 4  # of the policy, per prompt
+# Per prompt: samples of π_ref that r̂ and r_φ score, of its best_of; samples of the policy. All of
+# best_of give the optimum. Its KL cannot pass log K, and DPO's is larger on unseen prompts.
+SCORED, SAMPLES = 16, 4
 
 
 def unseen_prompts(job: Job, name: str) -> list[list[int]]:
@@ -77,6 +79,10 @@ def with_error(statistic, *columns: Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in found]
 
 
+def best_of(job: Job) -> int:
+    return min(8, job.cfg.best_of)
+
+
 def measure(job: Job, name: str) -> dict:
     """One seed on one set of prompts: "what: of whom" -> [value, standard error over prompts].
 
@@ -86,18 +92,21 @@ def measure(job: Job, name: str) -> dict:
     """
     cfg, enc, reference, policy = job.cfg, job.data.enc, job.load_reference(), job.policy("dpo")
     prompts = job.reference_eval["prompts"] if name == TEST else unseen_prompts(job, name)
-    K, N = cfg.optimum_samples, min(8, cfg.optimum_samples)
+    K, few, N = cfg.best_of, min(SCORED, cfg.best_of), best_of(job)
     repeated = [p for p in prompts for _ in range(K)]
     samples = job.sample(reference, repeated, seed_of(cfg, "ood", f"{name}, samples"))
-    r = job.reward(repeated, samples).view(-1, K).double()
-    logps, ref_logps = (score(job, model, repeated, samples) for model in (policy, reference))
+    rewards = job.reward(repeated, samples).view(-1, K).double()
+    some = [i + k for i in range(0, len(samples), K) for k in range(few)]
+    some = [repeated[i] for i in some], [samples[i] for i in some]
+    logps, ref_logps = (score(job, model, *some) for model in (policy, reference))
+    start, r = rewards.mean(1), rewards[:, :few]
     scores = {"r̂": (logps - ref_logps).view_as(r),  # times β, which moves no order
-              "r_φ": learned_reward(job)(repeated, samples).view_as(r)}
-    start, best = r.mean(1), {by: expected_best(x, r, N) for by, x in [*scores.items(), ("r*", r)]}
+              "r_φ": learned_reward(job)(*some).view_as(r)}
+    best = {by: expected_best(x, r, N) for by, x in [*scores.items(), ("r*", r)]}
     point = job.evaluate(policy, reference, prompts * SAMPLES)
     reached, kl = (torch.tensor(point[key], dtype=torch.float64).view(SAMPLES, -1).mean(0)
                    for key in ("rewards", "kls"))  # (P,)
-    curve = jackknife_optimum(r, [1e9, *np.geomspace(20, 0.01, 40)])
+    curve = jackknife_optimum(rewards)
     optimum = (torch.tensor([p[key] for p in curve], dtype=torch.float64)
                for key in ("kls", "rewards"))  # (betas, P) each
 
@@ -143,7 +152,7 @@ def ood(job: Job, run: Run) -> None:
 
     resumable(job, run, {}, len(work), step)
     rows = [{key: x for key, x in row.items() if key != "seconds"} for row in run.metrics()]
-    table = dict(P=len(job.reference_eval["prompts"]), N=min(8, job.cfg.optimum_samples), rows=rows)
+    table = dict(P=len(job.reference_eval["prompts"]), N=best_of(job), rows=rows)
     draw(table, run.path("ood.png"))
     run.finish(json.dumps(table).encode())
 
@@ -217,7 +226,7 @@ def report_ood(job: Job) -> None:
         cells = ["-" if x is None else "{:.3f} ±{:.3f} ({:.2f}–{:.2f})".format(*x)
                  for x in (over_seeds(table, name, key) for name in SETS)]
         width = 17 + of.count("\u0302")  # the hat of r̂ takes no column
-        print(f"  {of:<{width}}" + "".join(f"{cell:>27}" for cell in cells))
+        print(f"  {of:<{width}}" + "".join(f" {cell:>26}" for cell in cells))
     print("\nDPO's first sample of each kind, after its prompt:")
     print("\n".join(f"  {row['prompts']}: {row['example']}" for row in first))
     print(f"\npicture: {folder / 'ood.png'}")
@@ -226,7 +235,8 @@ def report_ood(job: Job) -> None:
 def parents_of_ood(cfg: Settings) -> list[str]:
     return needs(cfg.corpus != "toy" or bool(cfg.groups), "--stage ood writes its prompts with the "
                  "toy corpus's grammar, on which r* is exact: leave --corpus and --groups out, and "
-                 "give --preset toy", ["dpo", "rm", "groups", *parents_of_groups(cfg)])
+                 "give --preset toy",
+                 all_groups(cfg, "ood", ["dpo", "rm", "groups", *parents_of_groups(cfg)]))
 
 
 STAGES["ood"] = Stage(ood, parents_of_ood, "ood.json", report_ood, make_seeds)

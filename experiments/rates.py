@@ -14,7 +14,8 @@ def candidates(cfg, methods: dict) -> list[tuple[str, str, float]]:
 def share(points: list[dict], optimum: list[dict], top: float) -> float:
     """The share of the optimal gain at a run's KL that the run makes, on the validation prompts.
 
-    optimum: jackknife_optimum of their samples, which begins at KL 0. The mean over those of the
+    optimum: jackknife_optimum of π_ref's samples for these prompts. Its first point is π_ref; past
+    its last, where r* is near its bound, the last reward stands for it. The mean over those of the
     run's last half of points, where the rate has decayed, whose KL is at most `top`. Where there is
     none, minus the last KL: then the nearest run is chosen.
     """

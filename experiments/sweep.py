@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from evaluate import jackknife_optimum, pairwise_accuracy, standard_error
 from experiments import figures, online  # noqa: F401  online adds its stage
-from experiments.baselines import best_of_kl, expected_best, learned_reward, needs_true_reward
+from experiments.baselines import (all_groups, best_of_kl, expected_best, learned_reward,
+                                   needs_true_reward)
 from experiments.ppo import no_fp16
 from experiments.rates import candidates, chosen_rates, rate_table, report_rates, share
 from job import Job, seed_of
@@ -103,7 +104,7 @@ def planned(cfg: Settings, method: str, setting: str, rate: float, seed: int = 0
     changes = dict(m.settings[setting], run_seed=seed, eval_every=-(-steps // cfg.evals_per_run),
                    valid_samples=8 * (setting == m.central and seed == 0))
     if m.rate == "dpo_lr":
-        changes |= dict(dpo_steps=steps, dpo_warmup=steps // 6, online_start=steps // 3)
+        changes |= dict(dpo_steps=steps, dpo_warmup=steps // 6, online_start=max(1, steps // 3))
     return Planned(method, setting, m.stage, replace(cfg, **{m.rate: rate}, **changes), rate)
 
 
@@ -155,7 +156,7 @@ def evaluations(job: Job, p: Planned) -> list[dict]:
 
 def tried_rates(job: Job) -> list[dict]:
     top, samples = kl_range(job.preset)[1], load_tensors(job.folder("best-of-n") / "samples.pt")
-    optimum = jackknife_optimum(samples["valid"], [1e9, *np.geomspace(20, 0.01, 40)])
+    optimum = jackknife_optimum(samples["valid"])
     return rate_table({c: share(evaluations(job, p), optimum, top)
                        if finished(job, p.stage, p.cfg) else None
                        for c, p in tried(job.cfg).items()})
@@ -336,11 +337,11 @@ def best_point(rewards, N: int) -> dict:
 
 
 def sampled_lines(job: Job, state: dict, base, line, implicit) -> list[dict]:
-    """Best-of-N by r*, by r_φ and by a DPO policy's r̂, the optimum, and the best additive tilt, all
+    """Best-of-N by r*, by r_φ and by a DPO policy's r̂, the optimum, and the tilt by the score, all
     from π_ref's samples (P, K). implicit: r̂ of the first of them; None without such a policy.
 
-    The additive tilt is π_ref exp(s/β)/Z with s = logit r*, which on the toy is a sum over words:
-    the most that a policy can have which knows what each word is worth, but not that r* saturates.
+    The tilt by the score is π_ref exp(s/β)/Z with s = logit r*. On the toy s is r*'s score, a sum
+    over words. A policy that knows the score, but not that r* saturates, is this one.
     """
     r, drawn = state["rewards"], compared(job)
     win = torch.from_numpy(pairwise_accuracy(r.numpy().round(4), base[:, None].astype(np.float32)))
@@ -354,7 +355,7 @@ def sampled_lines(job: Job, state: dict, base, line, implicit) -> list[dict]:
             lines.append(line(method, f"N={N}", best_point(rewards, N), win=float(wins.mean()),
                               samples=more + len(r) * N))
     sharpness = sorted({*np.geomspace(0.05, 200, 40).tolist(), *map(float, DIAL)})  # 1/β
-    for method, scale, tilt in (("optimum", 1, None), ("additive-tilt", 0.1, r.logit(1e-6))):
+    for method, scale, tilt in (("optimum", 1, None), ("score-tilt", 0.1, r.logit(1e-6))):
         betas = [1 / (scale * x) for x in sharpness]
         for beta, point in zip(betas, jackknife_optimum(r, betas, tilt)):
             lines.append(line(method, f"1/beta={1 / beta:.4g}", point, samples=r.numel(),
@@ -392,7 +393,7 @@ def report_frontier(job: Job) -> None:
 
 
 def frontier_parents(cfg: Settings) -> list[str]:
-    parents = no_fp16(cfg, needs_true_reward(cfg, "frontier"))
+    parents = all_groups(cfg, "frontier", no_fp16(cfg, needs_true_reward(cfg, "frontier")))
     return needs(bool(cfg.dpo_module), "--dpo-module would replace dpo.py's functions for every "
                  "method of the frontier: give it to --stage dpo", parents)
 

@@ -197,7 +197,7 @@ SETTINGS_OF = {  # stage -> the groups of settings that decide its result
     "sft": BASE[:3], "reward": BASE[:4], "chosen": BASE, "groups": BASE,
     "dpo": DPO, "unlikelihood": DPO, "preferred-ft": DPO, "inspect": DPO, "degenerate": DPO,
     "overoptimisation": DPO, "variance": DPO, "online": (*DPO, "online"),
-    "ood": (*DPO, "rm", "ood"), "judge": (*DPO, "rm", "judge"),
+    "ood": (*DPO, "rm", "samples", "ood"), "judge": (*DPO, "rm", "judge"),
     "rm": (*BASE, "rm"), "ppo": (*BASE, "rm", "method", "ppo"), "ppo-gt": (*BASE, "method", "ppo"),
     "best-of-n": (*BASE, "rm", "samples"),
     "frontier": (*BASE, "rm", "method", "dpo", "ppo", "samples", "online", "frontier")}
@@ -230,7 +230,7 @@ def user_files(cfg: Settings, stage: str) -> dict[str, str]:
     given = {"sft": [cfg.init], "chosen": [cfg.groups, cfg.init],
              "groups": [cfg.groups, cfg.reference, *siebert * (not cfg.groups)],
              "judge": siebert * (cfg.judge == "r*"),
-             **dict.fromkeys(("dpo", *OTHER_LOSSES),
+             **dict.fromkeys(("dpo", "online", *OTHER_LOSSES),
                              [cfg.dpo_module, cfg.weight.rpartition(":")[0]])}
     hashes = {}
     for name in filter(None, given.get(stage, [])):

@@ -174,7 +174,7 @@ def expand(symbol: str, sign: int, rng: random.Random, used: set[str],
         options, meant = POLAR[symbol][sign], sign * STRENGTH[symbol]
     else:
         options, meant = grammar[symbol], 0.0
-    options = [option for option in options if option not in used]
+    options = [option for option in options if option not in used] or options
     # random() alone draws the same numbers in every Python version; choice() need not
     option = options[int(rng.random() * len(options))]
     text, slots = parse_template(option)

@@ -68,6 +68,8 @@ def test_overoptimisation_shows_both_rewards_and_the_plane(tmp_path):
     np.testing.assert_allclose(plane.get_lines()[2].get_xdata(), [0, 0.5])  # the reliable ones
     assert "r*" in true.get_ylabel() and "r̂" in implicit.get_ylabel() and "KL" in plane.get_xlabel()
     assert_nothing_is_cut_off(figure, legends_beside=False)
+    bare = saved_by(lambda: overoptimisation(rows, [], tmp_path / "o.png"))
+    assert labels(bare) == ["60 prompts", "all"], "no reliable optimum"
 
 
 def test_the_dial_joins_what_was_reached_to_its_optimum(drawn):

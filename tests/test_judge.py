@@ -149,8 +149,7 @@ def test_a_busy_slow_or_unclear_endpoint_is_asked_again(endpoint, monkeypatch):
      1),
     (404, b"no such model", ["answered 404", "no such model", "--judge-model"], 1),
     (503, b"", ["answered 503", "5 times"], 5),
-    (200, completion("I cannot say, sk-secret"), ["no verdict", "cannot say", "5 times"], 5),
-    (200, b"[]", ["no verdict", "[]"], 5)])
+    (200, b"[]", ["no answer", "[]"], 5)])
 def test_what_no_second_try_mends_is_one_sentence_without_the_key(endpoint, status, content, words,
                                                                   requests):
     endpoint.reply = lambda message: (status, content)
@@ -160,6 +159,31 @@ def test_what_no_second_try_mends_is_one_sentence_without_the_key(endpoint, stat
     assert all(word in said for word in [*words, endpoint.url]) and "\n" not in said, said
     assert "sk-secret" not in said and len(endpoint.asked) == requests
     assert not endpoint.cache.exists(), "what is no verdict was noted"
+
+
+def test_a_reply_that_stays_without_a_verdict_is_a_tie_and_counted(endpoint, capsys):
+    endpoint.reply = lambda message: (200, completion(
+        "I refuse" if answers(message)[0] == "0" else better(*answers(message))))
+    assert endpoint.ask(PROMPTS, ONES, OTHERS) == [0.5, *RIGHT[1:]]
+    assert "1 of 6 replies hold no verdict" in capsys.readouterr().out
+    asked = len(endpoint.asked)
+    assert asked == N - 1 + len(judge.WAITS)
+    assert endpoint.ask(PROMPTS, ONES, OTHERS) == [0.5, *RIGHT[1:]] and len(endpoint.asked) == asked
+
+
+def test_after_ctrl_c_nothing_is_asked_again(endpoint, monkeypatch):
+    monkeypatch.setattr(judge, "WAITS", (0, 30))
+    def interrupted(message):
+        raise KeyboardInterrupt
+
+    server = Endpoint(endpoint.url, "m", endpoint.cache)
+    monkeypatch.setattr(server, "ask", lambda key, message: interrupted(message))
+    with pytest.raises(KeyboardInterrupt):
+        server(PROMPTS, ONES, OTHERS)
+    endpoint.reply = lambda message: (503, b"")
+    with pytest.raises(UserError):
+        server.request("again?")
+    assert not endpoint.asked, "it is stopped"
 
 
 def test_an_endpoint_that_nobody_serves_is_one_sentence(tmp_path, monkeypatch):
@@ -335,7 +359,13 @@ def test_an_endpoint_judges_a_given_reference_beside_preferred_ft(place, endpoin
     assert settings["judge"] == endpoint.url and "judged by m on 4" in result.out
     asked = len(endpoint.asked)
     shutil.rmtree(folder(out, "judge"))
-    assert command(*argv).code == 0 and len(endpoint.asked) == asked, "all was on the disk"
+    assert command(*argv).code == 0
+    assert len(endpoint.asked) == asked + 1, "all was on the disk; it is asked whether it is there"
+    shutil.rmtree(folder(out, "judge"))
+    endpoint.reply = lambda message: (401, b"")
+    refused(command(*argv), "answered 401")
+    endpoint.reply = lambda message: (200, completion("I cannot say, sk-secret"))
+    assert "sk-secret" not in refused(command(*argv), "no verdict", "cannot say", "--judge-model")
     for path in (out / "toy").rglob("*"):
         assert path.is_dir() or b"sk-secret" not in path.read_bytes(), path
 

@@ -111,7 +111,10 @@ def test_stopped_in_online(chain, copied, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ("--online-labels self --online-start 0", "give an --online-start above 0"),
     ("--loss plackett-luce", "leave --loss plackett-luce out"),
+    ("--online-start 6", "give an --online-start below --dpo-steps"),
+    ("--train-prompts 9", "leave it out"),
     ("--groups some.jsonl", "give --online-labels self")])
 def test_what_online_cannot_do_is_refused(chain, tmp_path, flags, words):
-    refused(command(*ONLINE, *flags.split(), "--data", chain.data, "--out", tmp_path), words)
+    argv = *ONLINE, "--online-start", "1", *flags.split(), "--data", chain.data, "--out", tmp_path
+    refused(command(*argv), words)
     assert not [*tmp_path.rglob("model.pt")]

@@ -98,8 +98,8 @@ def test_r_star_itself_is_a_perfect_reward_model_and_pi_ref_an_indifferent_one(j
     monkeypatch.setattr(ood, "learned_reward", lambda job: lambda *x: 2 * job.reward(*x) + 1)
     for name in SETS:
         found = ood.measure(job, name)["measures"]
-        assert found["accuracy: r_φ"] == found["gain: best of 4 by r_φ"] == [1, 0]
-        assert found["r*: best of 4 by r_φ"] == found["r*: best of 4 by r*"]
+        assert found["accuracy: r_φ"] == found["gain: best of 8 by r_φ"] == [1, 0]
+        assert found["r*: best of 8 by r_φ"] == found["r*: best of 8 by r*"]
         assert found["accuracy: r̂"] == [0.5, 0] and found["KL: DPO's samples"] == [0, 0]
         (a, se_a), (b, se_b) = (found[f"r*: {x}'s samples"] for x in ("π_ref", "DPO"))
         assert abs(a - b) < 5 * (se_a**2 + se_b**2) ** 0.5, "both are π_ref's samples"
@@ -108,7 +108,7 @@ def test_r_star_itself_is_a_perfect_reward_model_and_pi_ref_an_indifferent_one(j
 # ------------------------------------------------------------------------------ the stage
 
 
-FLAGS = [*TINY, "--stage", "ood", "--ood-seeds", "2", "--dpo-steps", "12", "--dpo-lr", "0.003"]
+FLAGS = [*TINY, *"--stage ood --ood-seeds 2 --best-of 6 --dpo-steps 12 --dpo-lr 0.003".split()]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_stage_measures_every_seed_and_set_and_prints_a_table(made):
     assert len({str(row) for row in [first, *others]}) == 6, "no two are of the same samples"
     for row in [first, *others]:
         assert row["KL: DPO's samples"][0] > 0
-        by = [row[f"r*: best of 4 by {x}"][0] for x in ("r̂", "r_φ", "r*")]
+        by = [row[f"r*: best of 6 by {x}"][0] for x in ("r̂", "r_φ", "r*")]
         assert max(by) == by[2] > row["r*: π_ref's samples"][0]
     lines = text[text.index("seeds: 2"):text.index("DPO's first")].splitlines()
     assert max(map(len, lines)) <= 101, "100 columns, and the hat of r̂"

@@ -275,11 +275,11 @@ def test_fig2_has_a_second_panel_with_the_points_past_the_end_of_the_first(figur
     assert not near.get_ylim()[1] < near.get_lines()[0].get_ydata().max()
 
 
-def test_fig2_has_the_additive_tilt_as_a_second_dashed_line():
-    tilt = [frontier_point("additive-tilt", f"1/beta={kl:g}", kl, 0.95 * best_reward(kl), ess=9)
+def test_fig2_has_the_tilt_by_the_score_as_a_second_dashed_line():
+    tilt = [frontier_point("score-tilt", f"1/beta={kl:g}", kl, 0.95 * best_reward(kl), ess=9)
             for kl in GRID]
     line, = [x for x in frontier(world() + tilt).axes[0].get_lines()
-             if "adds up over words" in str(x.get_label())]
+             if "tilt by the score" in str(x.get_label())]
     np.testing.assert_allclose(line.get_ydata(), 0.95 * best_reward(GRID))
     assert line.get_linestyle() == "--"
 

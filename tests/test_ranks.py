@@ -75,7 +75,7 @@ def test_two_processes_train_the_same_reward_model_and_sample_the_same_best_of_n
     commands(tmp_path, *argv, "--out", tmp_path)
     a, b = ([row["loss"] for row in read_rows(folder(out, "rm") / "metrics.jsonl") if "loss" in row]
             for out in (one, tmp_path))
-    assert a == pytest.approx(b, rel=1e-4) and len(a) > 8
+    assert a == pytest.approx(b, rel=1e-4) and len(a) > 4
     a, b = (torch.load(folder(out, "best-of-n") / "samples.pt") for out in (one, tmp_path))
     assert torch.equal(a["rewards"], b["rewards"])
 

@@ -132,7 +132,7 @@ def test_every_run_of_the_plan_has_its_points(points):
         assert {(method, s, seed) for s in m.settings for seed in range(m.seeds)} <= found
     assert {("sft", "", 0), ("best-of-n", "N=16", 0), ("best-of-n-learned", "N=4", 0),
             ("best-of-n-implicit", "N=16", 0)} <= found
-    for ideal in ("optimum", "additive-tilt"):
+    for ideal in ("optimum", "score-tilt"):
         assert sum(method == ideal for method, _, _ in found) > 20
 
 
@@ -140,7 +140,7 @@ def test_every_point_has_every_key_and_the_same_prompts(points):
     for p in points:
         assert tuple(p) == tuple(KEYS)
         assert len(p["rewards"]) == len(p["kls"]) == 8
-        assert p["method"] in ("optimum", "additive-tilt") or 0 <= p["win"] <= 1
+        assert p["method"] in ("optimum", "score-tilt") or 0 <= p["win"] <= 1
         if p["method"] == "best-of-n":
             assert p["kl"] == pytest.approx(best_of_kl(int(p["setting"][2:])))
     sft = next(p for p in points if p["method"] == "sft" and p["temperature"] == 1)

@@ -27,6 +27,12 @@ def test_the_table_finds_what_was_put_in():
     assert rows["preferred-ft"]["largest"] == pytest.approx(0.2)
 
 
+def test_two_prompts_are_enough_for_a_table():
+    points = [p | dict(rewards=p["rewards"][:2], kls=p["kls"][:2]) for p in world()]
+    value, low, high = table(points, 20)[1]["reward"][1]
+    assert 0 < low <= value <= high or np.isfinite(value)
+
+
 def test_costs_are_summed_over_runs_each_at_its_last_point():
     points = [p | dict(samples=64 * P) if p["method"] == "optimum" else p for p in world()]
     points += run_of("dpo", "beta=5", [0.3, 0.2], 0.9) + \

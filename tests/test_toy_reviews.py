@@ -119,6 +119,11 @@ def test_no_review_uses_a_noun_or_a_judgement_twice(many):
         assert not twice, f"{twice} in {text!r}"
 
 
+def test_a_review_that_has_used_every_word_of_a_list_begins_again():
+    used = set(toy.INTENSIFIERS)
+    assert toy.expand("intensifier", 1, random.Random(0), used)[0] in toy.INTENSIFIERS
+
+
 def test_the_first_words_rarely_decide(many):
     polar = sum(score(" ".join(text.split()[:8])) != 0 for text, _ in many) / len(many)
     assert polar < 0.35, f"{polar:.2f} of the reviews show their polarity within eight words"

@@ -532,7 +532,8 @@ OTHERS = {
             dict(labels="sampled"), dict(labels="soft"), dict(labels="soft", label_scale=3.0),
             dict(loss="unlikelihood"), dict(loss="unlikelihood", alpha=0.9), dict(dpo_steps=4),
             dict(dpo_batch=4), dict(dpo_optimizer="adamw"), dict(dpo_schedule="constant"),
-            dict(dpo_lr=0.02), dict(dpo_warmup=2), dict(grad_clip=0.0)]}
+            dict(dpo_lr=0.02), dict(dpo_warmup=2), dict(grad_clip=0.0), dict(train_prompts=9),
+            dict(loss="reference-free")]}
 
 
 @pytest.mark.parametrize("stage", OTHERS)
@@ -540,7 +541,7 @@ def test_no_setting_is_ignored(job, tmp_path, stage):
     """Each changes what is learned; those that say where and how a run goes do not."""
     names = settings_of(job.cfg, ("sft",) if stage == "sft" else ("method", "dpo")).keys()
     tried = {name for other in OTHERS[stage] for name in other}
-    assert names - tried <= {"dpo_module", "eval_every"}, "a setting without its line"
+    assert names - tried <= {"dpo_module", "eval_every", "valid_samples"}, "one without its line"
     results = [made(job, tmp_path / str(i), stage, **FEW[stage] | other)
                for i, other in enumerate([{}, dict(save_secs=0, eval_every=1), *OTHERS[stage]])]
     assert torch.equal(*results[:2])
