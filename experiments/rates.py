@@ -11,19 +11,20 @@ def candidates(cfg, methods: dict) -> list[tuple[str, str, float]]:
             for name, m in methods.items() for x in m.multiples]
 
 
-def share(points: list[dict], optimum: list[dict], top: float) -> float:
+def share(points: list[dict], optimum: list[dict], low: float, top: float) -> float:
     """The share of the optimal gain at a run's KL that the run makes, on the validation prompts.
 
     optimum: jackknife_optimum of π_ref's samples for these prompts. Its first point is π_ref; past
     its last, where r* is near its bound, the last reward stands for it. The mean over those of the
-    run's last half of points, where the rate has decayed, whose KL is at most `top`. Where there is
-    none, minus the last KL: then the nearest run is chosen.
+    run's last half of points, where the rate has decayed, whose KL is from `low` to `top`: nearer
+    to π_ref every method has a high share, and a rate too small would win. Where there is none,
+    minus the distance of the last KL from there: then the nearest run is chosen.
     """
     kl, best = zip(*sorted((p["kl"], p["reward"]) for p in optimum))
-    shares = [(p["valid_reward"] - best[0])
-              / max(0.02, np.interp(p["valid_kl"], kl, best) - best[0])  # near 0 all is noise
-              for p in points[len(points) // 2 :] if p["valid_kl"] <= top]
-    return float(np.mean(shares)) if shares else -points[-1]["valid_kl"]
+    shares = [(p["valid_reward"] - best[0]) / (np.interp(p["valid_kl"], kl, best) - best[0])
+              for p in points[len(points) // 2 :] if low <= p["valid_kl"] <= top]
+    last = points[-1]["valid_kl"]
+    return float(np.mean(shares)) if shares else -max(low - last, last - top)
 
 
 def rate_table(shares: dict[tuple[str, str, float], float | None]) -> list[dict]:
@@ -45,6 +46,6 @@ def report_rates(table: list[dict]) -> None:
         tried = [other["rate"] for other in table if other["method"] == row["method"]]
         edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
         gain = f"{row['share']:.3f} of the optimal gain on validation prompts" \
-            if row["share"] >= 0 else "every rate ended past the compared KLs, this one the nearest"
+            if row["share"] >= 0 else "every rate ended outside the compared KLs, this one the nearest"
         print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
               f"{', '.join(f'{rate:g}' for rate in tried)}: {gain}{edge}")

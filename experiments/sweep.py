@@ -155,9 +155,9 @@ def evaluations(job: Job, p: Planned) -> list[dict]:
 
 
 def tried_rates(job: Job) -> list[dict]:
-    top, samples = kl_range(job.preset)[1], load_tensors(job.folder("best-of-n") / "samples.pt")
-    optimum = jackknife_optimum(samples["valid"])
-    return rate_table({c: share(evaluations(job, p), optimum, top)
+    (low, *_), top, _ = kl_range(job.preset)
+    optimum = jackknife_optimum(load_tensors(job.folder("best-of-n") / "samples.pt")["valid"])
+    return rate_table({c: share(evaluations(job, p), optimum, low, top)
                        if finished(job, p.stage, p.cfg) else None
                        for c, p in tried(job.cfg).items()})
 

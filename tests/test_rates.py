@@ -27,12 +27,18 @@ def test_four_rates_are_tried_at_one_setting_of_each_method(preset):
 
 def test_the_share_is_of_the_optimums_gain_over_the_second_half_of_the_points():
     run = points((0.5, 0.0), (1.0, 0.0), (1.0, 0.8), (2.5, 0.7), (3.1, 0.9))  # 3.1 is past 3
-    assert share(run, CURVE, 3) == pytest.approx((0.3 / 0.3 + 0.2 / 0.4) / 2)
+    assert share(run, CURVE, 1, 3) == pytest.approx((0.3 / 0.3 + 0.2 / 0.4) / 2)
 
 
-def test_of_runs_that_leave_the_compared_kl_the_nearest_has_the_largest_share():
-    assert share(points((1.0, 0.5), (3.5, 1.0)), CURVE, 3) == -3.5
-    assert share(points((9.0, 1.0), (9.0, 1.0)), CURVE, 3) == -9
+def test_points_near_the_reference_do_not_count():
+    """There a rate far too small has a share near 1."""
+    assert share(points((0.2, 0.5), (0.2, 0.56)), CURVE, 1, 3) == pytest.approx(-0.8)
+    assert share(points((0.2, 0.56), (1.2, 0.7)), CURVE, 1, 3) < 0.7
+
+
+def test_of_runs_outside_the_compared_kl_the_nearest_has_the_largest_share():
+    assert share(points((1.0, 0.5), (3.5, 1.0)), CURVE, 1, 3) == pytest.approx(-0.5)
+    assert share(points((9.0, 1.0), (9.0, 1.0)), CURVE, 1, 3) == -6
 
 
 def test_the_largest_share_is_chosen_and_a_diverged_candidate_never():
