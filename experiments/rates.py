@@ -46,6 +46,6 @@ def report_rates(table: list[dict]) -> None:
         tried = [other["rate"] for other in table if other["method"] == row["method"]]
         edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
         gain = f"{row['share']:.3f} of the optimal gain on validation prompts" \
-            if row["share"] >= 0 else "every rate ended outside the compared KLs, this one the nearest"
+            if row["share"] >= 0 else "no rate ended at the compared KLs, this one the nearest"
         print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
               f"{', '.join(f'{rate:g}' for rate in tried)}: {gain}{edge}")
