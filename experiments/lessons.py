@@ -110,12 +110,12 @@ def loss_ablation(cfg: Settings) -> dict[str, Settings]:
             "reference-free": replace(dpo_run, loss="reference-free")}
 
 
-def make_runs(job: Job, runs: dict[str, Settings]) -> dict[str, str]:
+def make_dpo_runs(job: Job, runs: dict[str, Settings]) -> dict[str, str]:
     """The dpo runs that a stage compares: name -> hash."""
     return {f"dpo {name}": build(job.beside(cfg), "dpo") for name, cfg in runs.items()}
 
 
-def evaluations(job: Job, cfg: Settings) -> list[dict]:
+def dpo_points(job: Job, cfg: Settings) -> list[dict]:
     """A finished dpo run's points, π_ref's at step 0 first."""
     some = np.array(job.split[1][:HELD_OUT])
     ref_logps = job.ref_logps[some].flatten()
@@ -133,7 +133,7 @@ def degenerate(job: Job, run: Run) -> None:
     """The runs' points over the steps: degenerate.json, degenerate.png and degenerate.txt."""
     rows, samples, lines = [], [], []
     for name, cfg in loss_ablation(job.cfg).items():
-        rows += [dict(weight=name, **{key: p[key] for key in SHOWN}) for p in evaluations(job, cfg)]
+        rows += [dict(weight=name, **{key: p[key] for key in SHOWN}) for p in dpo_points(job, cfg)]
         samples.append(read_text(job.beside(cfg).folder("dpo") / "samples.txt").split("\n\n"))
     for sigmoid, *others in zip(*samples):
         lines += sigmoid.splitlines()
@@ -180,7 +180,7 @@ def overoptimisation(job: Job, run: Run) -> None:
     rows = [dict(run=name, implicit=cfg.beta * p["kl_mc"],
                  **{key: p[key] for key in ("step", "reward", "reward_se", "kl", "grammatical",
                                             "accuracy")})
-            for name, cfg in data_ablation(job).items() for p in evaluations(job, cfg)]
+            for name, cfg in data_ablation(job).items() for p in dpo_points(job, cfg)]
     figures.overoptimisation(rows, job.reference_eval["optimum"], run.path("overoptimisation.png"))
     run.finish(json.dumps(rows).encode())
 
@@ -201,8 +201,8 @@ def report_overoptimisation(job: Job) -> None:
 STAGES["inspect"] = Stage(inspect, lambda cfg: ["dpo", "groups"], "inspect.json", report_inspect)
 STAGES["degenerate"] = Stage(
     degenerate, lambda cfg: ["groups", *parents_of_groups(cfg)], "degenerate.json",
-    report_degenerate, lambda job: make_runs(job, loss_ablation(job.cfg)))
+    report_degenerate, lambda job: make_dpo_runs(job, loss_ablation(job.cfg)))
 STAGES["overoptimisation"] = Stage(
     overoptimisation, lambda cfg: needs_true_reward(cfg, "overoptimisation"),
     "overoptimisation.json", report_overoptimisation,
-    lambda job: make_runs(job, data_ablation(job)))
+    lambda job: make_dpo_runs(job, data_ablation(job)))
