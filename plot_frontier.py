@@ -131,7 +131,7 @@ def frontier(points: list[dict]) -> Figure:
         if method != "sft" and not method.startswith("best-of-n"):
             plot_points(far, [p for p in mine if p["kl"] > 0.1], method, ms=4, label=None)
     for setting, steps in seed_means(shown.get("dpo", []), "kl", "reward").items():
-        if steps[-1, 0] > limit:  # where DPO's small βs end, among them the paper's 0.05 and 0.1
+        if steps[-1, 0] > limit and " rate=" not in setting:  # where DPO's small βs end, among them the paper's 0.05 and 0.1
             far.annotate(f"β = {setting_value(setting):g}", steps[-1], (0, -15), ha="center",
                          fontsize=8, textcoords="offset points", color=STYLES["dpo"][1],
                          bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))

@@ -83,7 +83,8 @@ def dial(points: list[dict]) -> Figure | None:
     """
     keys, figure = ("kl", "reward", "kl_se", "reward_se"), Figure((10.5, 6), layout="constrained")
     ends = {m: [dict(zip(keys, run[-1]), value=setting_value(setting))
-                for setting, run in seed_means(series(points, m), *keys).items()]
+                for setting, run in seed_means(series(points, m), *keys).items()
+                if " rate=" not in setting]  # at the chosen rate alone
             for m in ("dpo", "dpo-sampled", "dpo-soft") if series(points, m)}
     every = sum(ends.values(), [])
     asked = {p["value"] for m, mine in ends.items() if m != "dpo" for p in mine}

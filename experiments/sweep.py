@@ -3,7 +3,8 @@
     python train.py --stage frontier
 
 A method's learning rate is chosen at one setting (rates.py). Each setting runs at that rate and is
-evaluated at regular steps on the same test prompts. Every run is a stage of the table STAGES.
+evaluated at regular steps on the same test prompts. The runs at the rates that were not chosen are
+points of the frontier too, as every run of the paper's is. Every run is a stage of the table STAGES.
 
 P prompts, K samples per prompt.
 """
@@ -304,7 +305,10 @@ def frontier(job: Job, run: Run) -> None:
     lines = [line("sft", "", reference_eval["point"], samples=0)]
     table = tried_rates(job)
     plans = [p for p in finals(job.cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
-    for p in plans:
+    others = [p._replace(setting=f"{p.setting} rate={p.rate:g}".strip())
+              for p in tried(job.cfg).values()
+              if p not in plans and finished(job, p.stage, p.cfg)]
+    for p in plans + others:
         lines += [line(p.method, p.setting, point, p.cfg.run_seed)
                   for point in evaluations(job, p)]
     lines += sampled_lines(job, state, base, line, implicit_rewards(job, plans, state))

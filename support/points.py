@@ -32,8 +32,8 @@ def numbers(values: dict, keys: Sequence[str]) -> dict:
 
 
 def setting_value(setting: str) -> float:
-    """0.1 of "beta=0.1"; 0 for a method that has no setting."""
-    return float(setting.partition("=")[2] or 0)
+    """0.1 of "beta=0.1" and of "beta=0.1 rate=0.0007"; 0 for a method that has no setting."""
+    return float(setting.partition("=")[2].partition(" ")[0] or 0)
 
 
 def read_points(path: Path) -> list[dict]:

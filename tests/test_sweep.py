@@ -130,6 +130,8 @@ def test_every_run_of_the_plan_has_its_points(points):
     found = {(p["method"], p["setting"], p["seed"]) for p in points}
     for method, m in few_methods(TOY).items():
         assert {(method, s, seed) for s in m.settings for seed in range(m.seeds)} <= found
+        others = {s for name, s, _ in found if name == method and "rate=" in s}
+        assert len(others) == len(m.multiples) - 1, "also those at rates that were not chosen"
     assert {("sft", "", 0), ("best-of-n", "N=16", 0), ("best-of-n-learned", "N=4", 0),
             ("best-of-n-implicit", "N=16", 0)} <= found
     for ideal in ("optimum", "score-tilt"):
