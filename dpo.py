@@ -6,9 +6,9 @@
     Appendix   Eq. 18 ranking_logps, A.3 plackett_luce_loss, C.3 unlikelihood_loss,
                Preferred-FT preferred_ft_loss
 
-`python dpo.py` checks them on worlds so small that every completion is enumerated, and prints one
-row per claim. `python -m experiments.theory` checks Section 5 and A.3. This file knows no model
-and no text.
+`python dpo.py` checks them on worlds so small that every completion can be enumerated. It prints
+one row per claim. `python -m experiments.theory` checks Section 5 and A.3. This file knows nothing
+about models or text.
 
 B sequences, T tokens, P prompts, G groups, K completions per prompt, N pairs. Log-probs and KL are
 in nats. r̂ = β log π_θ/π_ref is the implicit reward, m = r̂(y_w) - r̂(y_l) the margin of a pair.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-# before the slow imports: Ctrl-C meanwhile is then one sentence
+# imported first, so that Ctrl-C during the slow imports below prints one sentence
 from support.runs import UserError, main_exit
 
 import torch
@@ -35,8 +35,8 @@ WeightFn = Callable[[Tensor, float], Tensor]  # (margin (N,), beta) -> (N,)
 def completion_mask(prompt_lens: Tensor, lengths: Tensor, T: int) -> Tensor:
     """The tokens of y: (B,) and (B,) -> (B, T) bool, true where prompt_len <= t < length.
 
-    A length counts prompt and completion. The mask goes by position and not by token, because
-    padding may be the EOS token, and the EOS that ends y belongs to y.
+    A length counts prompt and completion. The mask depends on positions and not on token ids,
+    because padding may have the id of EOS, and the EOS that ends y belongs to y.
     """
     t = torch.arange(T, device=lengths.device)
     return (t >= prompt_lens[:, None]) & (t < lengths[:, None])
@@ -62,7 +62,7 @@ def kl_divergence(logp: Tensor, logq: Tensor, dim: int = -1) -> Tensor:
 def all_pairs(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Every unordered pair inside each group once: rewards (G, K) -> (N,), (N,), N = G K(K-1)/2.
 
-    These are indices into the flattened G*K completions, as in every function on pairs here.
+    The indices point into the G*K completions of all groups, as in all functions on pairs here.
     """
     G, K = rewards.shape
     pairs = torch.triu_indices(K, K, 1, device=rewards.device)[:, None]  # (2, 1, K(K-1)/2)
@@ -72,14 +72,14 @@ def all_pairs(rewards: Tensor) -> tuple[Tensor, Tensor]:
 def preference_pairs(rewards: Tensor) -> tuple[Tensor, Tensor, int]:
     """The ordered pairs inside each group: rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), ties.
 
-    Two equal rewards have no winner: that pair is dropped and counted in ties. UserError for
-    K = 1 and for a reward that is not finite.
+    A pair with equal rewards has no winner: it is dropped and counted in ties. UserError for K = 1
+    and for a reward that is not finite.
     """
     G, K = rewards.shape
     if K < 2:
-        raise UserError(f"a preference needs two completions per prompt, got K = {K}")
+        raise UserError(f"got K = {K}, wanted two completions per prompt or more for a preference")
     if not rewards.isfinite().all():
-        raise UserError("a reward is not finite, so no order is known: check the groups' rewards")
+        raise UserError("a reward is not finite, so pairs have no order: check the groups' rewards")
     g, w, l = (rewards[:, :, None] > rewards[:, None, :]).nonzero(as_tuple=True)
     return g * K + w, g * K + l, G * K * (K - 1) // 2 - len(g)
 
@@ -110,9 +110,9 @@ def label_pairs(rewards: Tensor, labels: str, scale: float,
                 uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Labels from true rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), and p(y_w ≻ y_l) (N,).
 
-    hard     the higher reward wins, with p = 1; ties are dropped
-    sampled  y_w is drawn from Eq. 1 on scale·r by uniforms (G, K(K-1)/2) in [0, 1), with p = 1
-    soft     the higher reward is y_w, with p from Eq. 1 on scale·r; a tie has p = 1/2
+    hard     y_w has the higher reward, and p = 1; ties are dropped
+    sampled  Eq. 1 with rewards scale·r draws y_w, by uniforms (G, K(K-1)/2) in [0, 1); p = 1
+    soft     y_w has the higher reward, and p is Eq. 1 with rewards scale·r; a tie has p = 1/2
     """
     if labels == "hard":
         yw_idxs, yl_idxs, _ = preference_pairs(rewards)
@@ -128,7 +128,7 @@ def label_pairs(rewards: Tensor, labels: str, scale: float,
 def reward_model_loss(rewards: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
     """Eq. 2 · L_R(r_φ) = -E log σ(r_φ(x,y_w) - r_φ(x,y_l)).
 
-    rewards (B,) -> (N,). Only differences within a prompt appear: r_φ is free up to some f(x).
+    rewards (B,) -> (N,). Only differences within a prompt appear, so r_φ + f(x) has the same loss.
     """
     return -F.logsigmoid(margins(rewards, yw_idxs, yl_idxs))
 
@@ -152,7 +152,7 @@ def log_partition(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
 def optimal_policy(ref_logp: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Eq. 4 · π_r(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x).
 
-    Two (..., K) -> log π_r (..., K). Z(x) sums over every y, and for text there are too many.
+    Two (..., K) -> log π_r (..., K). Z(x) is a sum over every y; for text there are too many.
     """
     return ref_logp + rewards / beta - log_partition(ref_logp, rewards, beta)[..., None]
 
@@ -162,13 +162,13 @@ def implicit_reward(pi_logps: Tensor, ref_logps: Tensor, beta: float,
     """Eq. 5 · r(x,y) = β log π_r(y|x)/π_ref(y|x) + β log Z(x).
 
     Tensors of one shape -> that shape. Without log_z the result is r̂, which differs from r by a
-    function of x alone. It is NaN where π and π_ref are both 0. UserError unless β > 0, and when
-    the two shapes differ.
+    function of x alone. It is NaN where π and π_ref are both 0. UserError unless β > 0 and both
+    shapes are equal.
     """
     if not beta > 0:
-        raise UserError(f"beta must be positive, got {beta}: the paper's is --beta 0.1")
+        raise UserError(f"beta must be positive, got {beta}: the paper uses --beta 0.1")
     if pi_logps.shape != ref_logps.shape:
-        raise UserError(f"got log-probs of shape {tuple(pi_logps.shape)} under π and of "
+        raise UserError(f"got log-probs of shape {tuple(pi_logps.shape)} under π and of shape "
                         f"{tuple(ref_logps.shape)} under π_ref: score the same completions")
     return beta * (pi_logps - ref_logps + log_z)
 
@@ -187,9 +187,9 @@ def dpo_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tens
              beta: float) -> tuple[Tensor, Tensor]:
     """Eq. 7 · L = -log σ(β h(y_w) - β h(y_l)),  h(y) = log π_θ(y|x) - log π_ref(y|x).
 
-    The signature of Appendix B: log-probs (B,), one per completion, and for each pair the indices
-    (N,) of its two completions. Returns losses (N,) and r̂ = β h (B,), detached. A completion is
-    scored once, however many pairs it is in. At π_θ = π_ref every loss is log 2, on any data.
+    The arguments are those of Appendix B: log-probs (B,), one per completion, and for each pair the
+    indices (N,) of its two completions. Returns losses (N,) and r̂ = β h (B,), detached. A
+    completion in many pairs is scored once. At π_θ = π_ref every loss is log 2, on any data.
     """
     rewards = implicit_reward(pi_logps, ref_logps, beta)
     losses = -F.logsigmoid(margins(rewards, yw_idxs, yl_idxs))
@@ -198,11 +198,11 @@ def dpo_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tens
 
 def soft_dpo_loss(pi_logps: Tensor, ref_logps: Tensor, y1_idxs: Tensor, y2_idxs: Tensor,
                   p: float | Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The mean of Eq. 7 over a label that is y₁ ≻ y₂ with probability p: p L₁₂ + (1 - p) L₂₁.
+    """The mean of Eq. 7 over a random label, y₁ ≻ y₂ with probability p: p L₁₂ + (1 - p) L₂₁.
 
     Shapes as in dpo_loss, p (N,) or one number. With p of Eq. 1 this is the population loss, whose
-    minimum is π_r of Eq. 4. With p = 1, labels without noise, no minimum exists: a policy that
-    orders every pair correctly lowers the loss by moving further in the same direction.
+    minimum is π_r of Eq. 4. With p = 1 (labels without noise) there is no minimum: if a policy
+    orders every pair correctly, larger margins always lower the loss.
     """
     losses, rewards = dpo_loss(pi_logps, ref_logps, y1_idxs, y2_idxs, beta)
     swapped, _ = dpo_loss(pi_logps, ref_logps, y2_idxs, y1_idxs, beta)
@@ -222,9 +222,9 @@ def dpo_gradient(weights: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float,
 # ------------------------------------------------------------------------------ losses by weight
 
 class Weight(NamedTuple):
-    """An importance weight w(m, β), and the loss f(m, β) that it comes from: w = -∂f/∂m, (N,).
+    """An importance weight w(m, β) and its loss f(m, β): w = -∂f/∂m, both (N,).
 
-    IPO's loss is (h_w - h_l - 1/(2β))². As h_w - h_l = m/β, f = ((m - 1/2)/β)², w = (1 - 2m)/β².
+    IPO's loss is (h_w - h_l - 1/(2β))². With h_w - h_l = m/β: f = ((m - 1/2)/β)², w = (1 - 2m)/β².
     """
 
     w: WeightFn
@@ -254,13 +254,14 @@ WEIGHTS = {
 
 def weighted_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor,
                   beta: float, weight: WeightFn) -> tuple[Tensor, Tensor]:
-    """A loss given by its weight w(m): its value is f(m), its gradient Section 4's with this w.
+    """The loss of a weight w(m): its value is f(m), its gradient is Section 4's with this w.
 
-    Shapes as in dpo_loss; "sigmoid" is Eq. 7 itself. Any other gradient is that of the surrogate
-    -w β (log π_w - log π_l) with w constant. The value of a function without f is -∫₀ᵐ w.
+    Shapes as in dpo_loss. "sigmoid" is Eq. 7 itself. Every other weight has the gradient of the
+    surrogate -w β (log π(y_w) - log π(y_l)), in which w is detached. A weight without f, such as a
+    student's function, gets the value -∫₀ᵐ w.
     The scale trap: Adam and RMSprop divide the gradient by its own size, so they cancel the scale
-    of a constant weight. β = 1 and β = 0.1 then take the same path, if the gradient is clipped at
-    every step or at none. So a constant weight does not fail because its steps are larger: it
+    of a constant weight. β = 1 and β = 0.1 then train in the same way, if the gradient is clipped
+    at every step or at none. So a constant weight does not fail because its steps are larger. It
     fails because pairs that are already in order are pushed apart as hard as before.
     """
     if weight is WEIGHTS["sigmoid"]:
@@ -271,7 +272,7 @@ def weighted_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs:
     if isinstance(weight, Weight):
         value = weight.f(margin, beta)
     else:
-        grid = torch.linspace(0, 1, 129).to(margin)  # from 0 to m, for each pair its own
+        grid = torch.linspace(0, 1, 129).to(margin)  # times m: points from 0 to m for each pair
         path = weight((margin[:, None] * grid).flatten(), beta).view(len(margin), -1)  # (N, 129)
         value = -margin * torch.trapezoid(path, grid)
     return value.detach() + (surrogate - surrogate.detach()), rewards
@@ -280,14 +281,15 @@ def weighted_loss(pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs:
 def inspect_pairs(pi_logps: Tensor | Sequence[Tensor], ref_logps: Tensor, yw_idxs: Tensor,
                   yl_idxs: Tensor, beta: float, params: Sequence[Tensor],
                   weight: WeightFn = WEIGHTS["sigmoid"]) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The gradient of Section 4 in its terms: a table of columns (N,), and the mean gradient.
+    """The terms of Section 4's gradient for each pair, as columns (N,), and the mean gradient.
 
-    Columns: reward_w, reward_l, margin, weight; norm_w, norm_l and cosine of ∇log π(y_w) and
-    ∇log π(y_l), where a cosine near 1 means that raising one raises the other; update, the norm
-    of β w (∇log π(y_w) - ∇log π(y_l)). The mean over pairs is a list of tensors like params.
-    pi_logps: (B,) with its graph, or B scalars, each with its own: cheaper, as a backward then runs
-    through one sequence. Each completion needs one backward, and its gradient is kept until its
-    last pair: list the pairs of a group together.
+    Columns: reward_w, reward_l, margin, weight; norm_w and norm_l, the norms of ∇log π(y_w) and
+    ∇log π(y_l), and cosine, the cosine of their angle; update, the norm of
+    β w (∇log π(y_w) - ∇log π(y_l)). If a cosine is near 1, raising one log-prob raises the other.
+    The mean gradient is a list of tensors with the shapes of params. pi_logps is (B,) with one
+    graph, or B scalars with one graph each: then each backward pass runs through one sequence only.
+    There is one backward pass per completion. Its gradient is kept until its last pair: list the
+    pairs of a group together.
     """
     logps = list(pi_logps)
     rewards = implicit_reward(torch.stack(logps).detach(), ref_logps, beta)
@@ -320,12 +322,12 @@ def ranking_logps(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 18 · p(τ | y₁…y_K, x) = Π_k exp r(x,y_τ(k)) / Σ_{j≥k} exp r(x,y_τ(j)),  best first.
 
     scores r (G, K), true rewards (G, K), which give the order τ -> log p (G,), tied (G, K) bool.
-    Completions of equal true reward have no order: all of them leave the ranking. Nothing is
-    sorted: the completions from place k on are those of no higher reward.
+    Completions with equal true rewards have no order, so all of them leave the ranking. No sort is
+    needed: the completions from rank k on are those whose reward is not higher than the k-th's.
     """
     tied = (rewards[:, :, None] == rewards[:, None, :]).sum(-1) > 1
     rest = (rewards[:, None, :] <= rewards[:, :, None]) & ~tied[:, None, :]  # (G, k, j)
-    rest = rest | torch.eye(rewards.size(1), dtype=torch.bool, device=rest.device)  # no empty sum
+    rest = rest | torch.eye(rewards.size(1), dtype=torch.bool, device=rest.device)  # and k itself
     denominators = scores[:, None, :].masked_fill(~rest, -math.inf).logsumexp(-1)
     return (scores - denominators).masked_fill(tied, 0).sum(-1), tied
 
@@ -335,22 +337,23 @@ def plackett_luce_loss(pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor,
     """A.3 · L = -log p(τ) by Eq. 18 with r̂ for r: DPO from rankings.
 
     Log-probs (G*K,), true rewards (G, K) -> losses (G',), r̂ (G*K,) detached, and two counts:
-    "tied" completions, and "skipped" groups, which have fewer than two left. It starts at log K!;
-    with K = 2 it is Eq. 7. UserError if every group is skipped.
+    "tied" completions, and "skipped" groups, in which fewer than two are not tied. The loss starts
+    at log K!; with K = 2 it is Eq. 7. UserError if every group is skipped.
     """
     implicit = implicit_reward(pi_logps, ref_logps, beta)
     logps, tied = ranking_logps(implicit.view(rewards.shape), rewards)
     losses = -logps[(~tied).sum(-1) >= 2]
     if len(losses) == 0:
-        raise UserError(f"none of {len(rewards)} groups has two completions that tie with no "
-                        "other: there is nothing to rank")
+        raise UserError(f"got {len(rewards)} groups, each with fewer than two completions without "
+                        "a tie: there is nothing to rank")
     return losses, implicit.detach(), dict(tied=int(tied.sum()), skipped=len(rewards) - len(losses))
 
 
 def unlikelihood_loss(pi_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, alpha: float) -> Tensor:
     """C.3 · L = -E[log π(y_w|x) - α log π(y_l|x)].
 
-    (B,) -> (N,). No π_ref, no lower bound. At α = 1 its gradient is the constant weight's over β.
+    (B,) -> (N,). It has no π_ref and no lower bound. With α = 1, β times its gradient is that of
+    the constant weight.
     """
     need_pairs(yw_idxs, yl_idxs)
     return alpha * pi_logps[yl_idxs] - pi_logps[yw_idxs]
@@ -372,10 +375,10 @@ BETAS = 0.1, 0.5, 1.0, 5.0
 
 
 class World:
-    """P prompts with K completions each, and no others: everything is enumerated, in float64.
+    """P prompts with K completions each. No other text exists: all is enumerated, in float64.
 
     ref: log π_ref (P, K). r: r* (P, K). i, j (N,): all pairs. p (N,): Eq. 1 for each pair.
-    frequencies: two ways of drawing pairs, name -> the probability of each pair (N,).
+    frequencies: two ways to draw pairs, name -> the probability of each pair (N,).
     """
 
     def __init__(self, P: int = 3, K: int = 16, seed: int = 0):
@@ -399,10 +402,10 @@ class World:
 
 
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The x (P, K) at which a convex loss is least, by Newton's method.
+    """The x (P, K) at which a convex loss is smallest, by Newton's method.
 
     The loss must be a sum over the rows of x, and must not change when a constant is added to a
-    row. Eq. 2 in rewards and Eq. 7 in logits are so.
+    row. This holds for Eq. 2 as a function of rewards, and for Eq. 7 as a function of logits.
     """
     x = start
     for _ in range(10):  # enough for float64: near the minimum each step squares the error
@@ -410,7 +413,7 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         slope, = torch.autograd.grad(loss(x), x, create_graph=True)
         curvature = torch.stack([torch.autograd.grad(column.sum(), x, retain_graph=True)[0]
                                  for column in slope.T], -1)  # (P, K, K)
-        step, _ = torch.linalg.solve_ex(curvature + 1, slope)  # + 1 fixes each row's constant
+        step, _ = torch.linalg.solve_ex(curvature + 1, slope)  # + 1 makes it invertible
         x = x - step
     return x.detach()
 
@@ -434,7 +437,7 @@ def section3_rows(world: World) -> Iterator[Row]:
         above.append(value - objective(best, ref, r, beta))
     gap, largest = max_gap(torch.stack(identity)), float(torch.stack(above).max())
     yield "Eq. 3", "is β log Z(x) - β KL(π‖π_r), 1000 random π (A.1)", gap, 1e-12
-    yield "Eq. 3", "hence no π is above π_r: largest difference", largest, 0.0
+    yield "Eq. 3", "no random π is above π_r: largest difference", largest, 0.0
 
 
 def section4_rows(world: World) -> Iterator[Row]:
@@ -448,8 +451,8 @@ def section4_rows(world: World) -> Iterator[Row]:
         preference = policy_preference(logp.flatten(), flat, i, j, beta)
         yield "Eq. 6", claim, max_gap(preference, p), 1e-12
     losses, _ = dpo_loss(pi, flat, i, j, beta)
-    secretly = reward_model_loss(implicit_reward(pi, flat, beta), i, j)
-    yield "Eq. 7", "is Eq. 2 with Eq. 5 for r_φ", max_gap(losses, secretly), 1e-12
+    eq2_losses = reward_model_loss(implicit_reward(pi, flat, beta), i, j)
+    yield "Eq. 7", "is Eq. 2 with Eq. 5 for r_φ", max_gap(losses, eq2_losses), 1e-12
     start, _ = dpo_loss(flat, flat, i, j, beta)
     yield "Eq. 7", "starts at log 2, where π_θ = π_ref", max_gap(start, math.log(2)), 1e-12
     theta = pi.clone().requires_grad_()
@@ -470,7 +473,7 @@ def optimum_rows(world: World) -> Iterator[Row]:
         kls = torch.stack([
             kl_divergence(optimal_policy(ref, r, beta), world.solve(beta, world.p, frequency))
             for beta in BETAS])
-        yield "Eq. 7", f"its minimum on p* is π_r: KL, 4 β, pairs {name}", max_gap(kls), 1e-12
+        yield "Eq. 7", f"is minimal at π_r on p*: KL at 4 β, pairs {name}", max_gap(kls), 1e-12
     small, errors = World(10, 8), []
     sizes = torch.tensor([1e3, 1e4, 1e5, 1e6], dtype=torch.float64)  # labels per prompt
     for n in sizes:
@@ -487,7 +490,7 @@ def optimum_rows(world: World) -> Iterator[Row]:
         logp = (ref + t * r).log_softmax(-1).flatten()
         hard.append(max_gap(dpo_loss(logp, ref.flatten(), yw, yl, 1.0)[0]))
     least = hard[-1] if all(a > b for a, b in zip(hard, hard[1:])) else math.nan
-    yield "Eq. 7", "labels without noise: falls to 0 as π runs off, no optimum", least, 1e-9
+    yield "Eq. 7", "without label noise falls to 0 as margins grow: no optimum", least, 1e-9
 
 
 def baseline_rows(world: World) -> Iterator[Row]:
@@ -497,9 +500,9 @@ def baseline_rows(world: World) -> Iterator[Row]:
     naive, _ = weighted_loss(pi, ref, yw, yl, beta, WEIGHTS["constant"])
     slopes = [torch.autograd.grad(loss.sum(), pi)[0]
               for loss in (naive / beta, unlikelihood_loss(pi, yw, yl, 1.0))]
-    yield "C.3", "at α = 1 its gradient is the constant weight's over β", max_gap(*slopes), 1e-12
-    none = unlikelihood_loss(pi, yw, yl, 0.0)
-    yield "Preferred-FT", "is C.3 at α = 0", max_gap(none, preferred_ft_loss(pi, yw)), 1e-12
+    yield "C.3", "at α = 1, β times its gradient is the constant weight's", max_gap(*slopes), 1e-12
+    losses = unlikelihood_loss(pi, yw, yl, 0.0)
+    yield "Preferred-FT", "is C.3 at α = 0", max_gap(losses, preferred_ft_loss(pi, yw)), 1e-12
 
 
 def print_rows(rows: Iterable[Row]) -> int:
@@ -508,7 +511,7 @@ def print_rows(rows: Iterable[Row]) -> int:
     print(f"{'':<14}{'claim':<62}{'residual':>9}{'tolerance':>11}")
     for equation, claim, residual, tolerance in rows:
         if tolerance is None:
-            print(f"{equation:<14}{claim:<62}{residual:>9.3f}{'':>11}  no order claimed")
+            print(f"{equation:<14}{claim:<62}{residual:>9.3f}{'':>11}  measured, no claim")
             continue
         verdict = "pass" if residual <= tolerance else "FAIL"  # NaN fails
         failed += verdict == "FAIL"
@@ -520,7 +523,7 @@ def print_rows(rows: Iterable[Row]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks Sections 3 and 4, C.3 and Preferred-FT on small worlds; exits with 1 if one fails."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+    torch.set_num_threads(1)  # the tensors are so small that more threads are slower
     checks = section3_rows, section4_rows, optimum_rows, baseline_rows
     return print_rows(row for check in checks for row in check(World()))
 

@@ -1,34 +1,38 @@
-"""One point of the frontier: the true reward of a policy's samples, and their KL to π_ref.
+"""One point of the frontier: a policy's mean true reward r* and its KL to π_ref.
 
-Also the optimum of Eq. 3, which no policy can pass, and what a finished run prints.
+Also the optimum of Eq. 3, which no policy can exceed, and what a finished run prints.
 
 B sequences, T tokens, V vocabulary, M scored tokens, P prompts, K completions per prompt.
 """
 
 import math
+import shlex
+import textwrap
 
 import numpy as np
 import torch
 
 from dpo import completion_mask, kl_divergence, optimal_policy, preference_pairs
 from gpt import BLOCK_BYTES, GPT, length_buckets, pad_rows
-from plot_frontier import training_curves
+from plot_frontier import run_title, training_curves
 from support.runs import read_json, read_text, write_whole
+from support.settings import STAGE
 
 
 @torch.no_grad()
 def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
                 temperature: float = 1.0) -> torch.Tensor:
-    """KL(π ‖ π_ref) in nats per completion, two ways, on completions that π sampled.
+    """KL(π ‖ π_ref) in nats per completion, estimated in two ways from completions of π.
 
     idx (B, T), prompt_lens (B,), lengths (B,) -> (3, B) float64 on the CPU:
-    kl: the exact KL of each step's distribution over the vocabulary, summed along the completion,
-        the decision to end included;
-    kl_mc: log π(y|x) - log π_ref(y|x), the one-sample estimate, of the same mean. Near π_ref its
-        variance is far larger, and on one sample it is often negative;
+    kl: at each step the exact KL over the vocabulary, summed over the steps of the completion. The
+        step that draws EOS counts too;
+    kl_mc: log π(y|x) - log π_ref(y|x), the one-sample estimate. It has the same mean. Near π_ref
+        its variance is far larger, and one sample often gives a negative number;
     ref_nll: -log π_ref(y|x).
-    π is the policy at the `temperature` that it was sampled at (0: all on the token taken);
-    π_ref is the reference at 1. With another temperature than the samples' neither is an estimate.
+    `temperature` must be that of the samples, otherwise kl and kl_mc estimate nothing. π is the
+    policy at this temperature; at 0, all probability is on the sampled token. π_ref has
+    temperature 1.
     """
     mask = completion_mask(prompt_lens, lengths, idx.size(1))[:, 1:]
     where = mask.flatten().nonzero()[:, 0]  # (M,); a CPU waits here for its GPU
@@ -53,7 +57,10 @@ def sequence_kl(policy: GPT, reference: GPT, idx, prompt_lens, lengths,
 
 
 def repetition(completions) -> float:
-    """Mean share of a completion's trigrams that it has had before: near 1 for a repeated word."""
+    """The share of a completion's trigrams that occur earlier in it, averaged over completions.
+
+    It is near 1 for one word repeated many times.
+    """
     def share(ids):
         grams = list(zip(ids, ids[1:], ids[2:]))
         return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -62,7 +69,10 @@ def repetition(completions) -> float:
 
 
 def distinct2(completions) -> float:
-    """Distinct bigrams over all bigrams. It falls with the number of samples: compare equals."""
+    """The number of distinct bigrams over that of all bigrams.
+
+    It falls as samples are added, so compare only equal numbers of samples.
+    """
     grams = [g for ids in completions for g in zip(ids, ids[1:])]
     return len(set(grams)) / max(1, len(grams))
 
@@ -77,12 +87,13 @@ def rounded(x) -> list[float]:
 
 def evaluate(policy: GPT, reference: GPT, prompts, reward, sample, eos: int,
              temperature: float = 1.0, batch_size: int = 128) -> dict:
-    """One point: completions of `prompts` by sample(policy, prompts, temperature), judged.
+    """One point of the frontier: sample one completion per prompt and measure all of them.
 
-    reward(prompts, completions) -> (P,), or None where there is no r*. Only the toy's has a method
-    `grammatical`: the share of sentences in its language.
-    Reward in [0, 1]; KL in nats per completion; length in tokens, EOS included; eos: the share of
-    completions that ended themselves; ref_ppl: exp of the mean NLL per token under π_ref.
+    sample(policy, prompts, temperature) -> completions. reward(prompts, completions) -> (P,) in
+    [0, 1]; None where there is no r*. Only the toy corpus's reward has a method `grammatical`: the
+    share of sentences that its grammar can produce.
+    KL is in nats per completion, length in tokens with EOS; eos: the share of completions that end
+    with EOS; ref_ppl: exp of the mean NLL per token under π_ref.
     """
     completions = sample(policy, prompts, temperature)
     device = policy.wte.weight.device
@@ -112,15 +123,16 @@ def evaluate(policy: GPT, reference: GPT, prompts, reward, sample, eos: int,
 
 
 def optimal_frontier(rewards, betas, tilt=None) -> list[dict]:
-    """Eq. 4's π_r for each beta, from samples of π_ref alone: rewards (P, K), K per prompt.
+    """Reward and KL of Eq. 4's π_r for each β, estimated from π_ref's samples: rewards (P, K).
 
-    tilt (P, K): another reward, for which π_r is taken; the rewards then only judge it.
+    tilt (P, K): a second reward. π_r is then the optimum for `tilt`, and `rewards` only measure it.
 
-    Self-normalised reweighting: w, exp(r / β) over its prompt's sum, stands for π_r, with 1 / K for
-    π_ref. Then reward = Σ w r and KL = Σ w log(K w), means over prompts, one β for all. No policy
-    lies above what it estimates, so it also tests the KL estimator. `ess` is the effective number
-    of samples per prompt: K at β = ∞, 1 when one sample has all the weight. Where it is small the
-    estimate is poor: the KL cannot pass log K.
+    Self-normalised importance weights: under π_ref each of a prompt's K samples has weight 1/K,
+    under π_r it has w = exp(r/β) / Σ exp(r/β). Then reward = Σ w r and KL = Σ w log(K w), averaged
+    over prompts with one β for all. No policy lies above the true curve, so a point far above the
+    estimate shows an error in a KL. `ess` is the effective number of samples per prompt, 1/Σ w²: K
+    at β = ∞, and 1 when one sample has all the weight. Where it is small the estimate is poor,
+    because the estimated KL cannot exceed log K.
     """
     P, K = rewards.shape
     rewards = rewards.double()
@@ -137,13 +149,15 @@ def optimal_frontier(rewards, betas, tilt=None) -> list[dict]:
     return curve
 
 
-BETAS = [1e9, *np.geomspace(20, 0.01, 40)]  # the first makes π_ref itself
+BETAS = [1e9, *np.geomspace(20, 0.01, 40)]  # at the first, π_r is π_ref
 
 
 def jackknife_optimum(rewards, betas=BETAS, tilt=None) -> list[dict]:
-    """optimal_frontier of (P, K) without its bias of order 1/K, by the jackknife: prompt by prompt,
-    twice the whole's estimate less the mean of its two halves'. Without it Best-of-N near N = K
-    lies above the curve."""
+    """optimal_frontier of rewards (P, K), corrected by the jackknife for its bias of order 1/K.
+
+    For each prompt: twice the estimate from all samples minus the mean of the estimates from two
+    halves of them. Without this correction, Best-of-N with N near K lies above the curve.
+    """
     whole, *halves = (optimal_frontier(rewards[:, part], betas, None if tilt is None else
                                        tilt[:, part])
                       for part in (slice(None), slice(0, None, 2), slice(1, None, 2)))
@@ -157,8 +171,11 @@ def jackknife_optimum(rewards, betas=BETAS, tilt=None) -> list[dict]:
 
 
 def optimal_reward(curve: list[dict], kl: float) -> float | None:
-    """The curve's reward at `kl`, between its points with ess >= 2; None outside them. On the toy
-    two draws of 32 samples per prompt lay 0.003 above and below 64 samples at KL 2.8."""
+    """The curve's reward at `kl`, interpolated between its points with ess >= 2; None outside them.
+
+    Its accuracy on the toy at KL 2.8: of two estimates from 32 samples per prompt, one was 0.003
+    above and one 0.003 below an estimate from 64 samples.
+    """
     points = sorted((p["kl"], p["reward"]) for p in curve if p["ess"] >= 2)
     for (a, ra), (b, rb) in zip(points, points[1:]):
         if a <= kl <= b:
@@ -167,22 +184,26 @@ def optimal_reward(curve: list[dict], kl: float) -> float | None:
 
 
 def pairwise_accuracy(a, b):
-    """1 where a > b, 1/2 where they are equal, of any equal shapes."""
+    """1 where a > b, 1/2 where a = b, 0 where a < b: two of one shape -> that shape."""
     return (a > b) + 0.5 * (a == b)
 
 
 def held_out_measures(logps, ref_logps, rewards) -> dict:
-    """Over all pairs of some groups: the share that the implicit reward orders as r* does, and the
-    mean log π of their members. Log-probs (G*K,), rewards (G, K)."""
+    """On all pairs of some groups: the shares of pairs that the implicit reward and log π order as
+    r* does, and the mean log π of y_w and of y_l. Log-probs (G*K,), rewards (G, K)."""
     yw, yl, _ = preference_pairs(rewards)
     h = logps - ref_logps
     return dict(accuracy=float(pairwise_accuracy(h[yw], h[yl]).mean()),
+                logp_accuracy=float(pairwise_accuracy(logps[yw], logps[yl]).mean()),
                 logp_chosen=float(logps[yw].mean()), logp_rejected=float(logps[yl].mean()))
 
 
 def rank_correlation(implicit, rewards) -> float:
-    """Spearman's, within a prompt, averaged over prompts: two (P, K) -> [-1, 1]. Tied ranks are
-    averaged. r̂ is free up to f(x), so its order across prompts means nothing."""
+    """Spearman's rank correlation within each prompt, averaged over prompts: two (P, K) -> [-1, 1].
+
+    Equal values get the mean of their ranks. r̂ is defined only up to f(x), so its order between
+    prompts means nothing.
+    """
     def ranks(x):
         return pairwise_accuracy(x[:, :, None], x[:, None, :]).sum(-1)
 
@@ -191,11 +212,11 @@ def rank_correlation(implicit, rewards) -> float:
 
 
 def correlation(implicit, rewards) -> float:
-    """Pearson's, within a prompt, all prompts together: two (P, K) -> [-1, 1].
+    """Pearson's correlation of the deviations from each prompt's mean: two (P, K) -> [-1, 1].
 
-    To second order around π_ref it is a policy's share of the optimal gain at its KL: with
-    h = log π/π_ref the gain is Cov(h, r) and the KL Var(h)/2, so the part of h that is not linear
-    in r costs KL for nothing. Further away the two differ.
+    Near π_ref, to second order, it is a policy's share of the optimal gain at its KL. There, with
+    h = log π/π_ref, the gain is Cov(h, r) and the KL is Var(h)/2: the part of h that is not linear
+    in r adds KL and no reward. Far from π_ref the correlation and the share differ.
     """
     a, b = (x - x.mean(-1, keepdim=True) for x in (implicit, rewards))
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-9))
@@ -204,45 +225,97 @@ def correlation(implicit, rewards) -> float:
 # ------------------------------------------------------------------------------ what a run prints
 
 def write_samples(job, run, point: dict, n: int = 24) -> None:
-    """samples.txt: completions of the same prompts by π_ref and by π_θ, from the same uniforms."""
+    """Write samples.txt: completions of the same prompts by π_ref and π_θ, from the same uniforms.
+
+    Each prompt has three lines and an empty one. A line break inside a text is written as ⏎.
+    """
     enc, eot, lines = job.data.enc, job.data.eot, []
+
+    def text(ids):
+        return "⏎".join(enc.decode([t for t in ids if t != eot]).splitlines())
+
     for i, prompt in enumerate(job.reference_eval["prompts"][:n]):
-        lines.append(f"prompt:  {enc.decode(prompt[1:])}")
+        lines.append(f"prompt:  {text(prompt)}")
         for name, of in (("before", job.reference_eval["point"]), ("after", point)):
             ids = of["completions"][i]
             worth = f"{of['rewards'][i]:.2f}" if "rewards" in of else "-"
-            text = enc.decode([t for t in ids if t != eot]).replace("\n", " ")
-            lines.append(f"{name + ':':<8} r* {worth} |{text}{'' if ids[-1] == eot else ' …'}")
+            lines.append(f"{name + ':':<8} r* {worth} |{text(ids)}{'' if ids[-1] == eot else ' …'}")
         lines.append("")
     write_whole(run.path("samples.txt"), lambda file: file.write("\n".join(lines).encode()))
 
 
-COLUMNS = {"reward r*": "reward", "KL, nats": "kl", "length": "length", "ended": "eos",
-           "repeated": "repetition", "grammatical": "grammatical", "held-out acc.": "accuracy"}
+def read_samples(folder) -> list[list[str]]:
+    """The lines of each prompt in a folder's samples.txt."""
+    text = read_text(folder / "samples.txt").strip("\n")
+    return [block.split("\n") for block in text.split("\n\n")]
 
 
-def report(job, stage: str) -> None:
-    """Print the table, four samples and the files of a finished run; draw its curves."""
-    folder, reference_eval, cfg = job.folder(stage), job.reference_eval, job.cfg
-    after = read_json(folder / "result.json")
-    setting = {"unlikelihood": f"α {cfg.alpha:g}", "preferred-ft": "preferred"}.get(
-        stage, f"β {cfg.beta:g}")
-    if stage in ("ppo", "ppo-gt"):
-        setting = f"KL → {cfg.ppo_target:g}" if cfg.ppo_target else f"β {cfg.ppo_beta:g}"
-    best = optimal_reward(reference_eval["optimum"], after["kl"])
-    print("\n" + " " * 20 + "".join(f"{title:>17}" for title in COLUMNS))
-    for name, point in (("π_ref", reference_eval["point"]), (f"π_θ, {setting}", after),
-                        ("optimum at that KL", dict(reward=best, kl=after["kl"]))):
-        cells = []
-        for key in COLUMNS.values():
+COLUMNS = {  # title: a point's key, digits, meaning
+    "reward r*": ("reward", 3, "mean true reward of the samples, from 0 to 1"),
+    "KL, nats": ("kl", 3, "KL(π ‖ π_ref) per completion"),
+    "length": ("length", 1, "tokens per completion"),
+    "ended": ("eos", 3, "share of completions that end before the limit"),
+    "repeated": ("repetition", 3, "share of trigrams that occur earlier in the text"),
+    "grammatical": ("grammatical", 3, "share of sentences that the corpus's grammar can make"),
+    "accuracy": ("accuracy", 3, "share of held-out pairs that the implicit reward ranks correctly")}
+
+
+def table(points: dict[str, dict], columns: dict[str, tuple] = COLUMNS) -> str:
+    """A row per point with standard errors, then the meaning of the columns. A cell is empty if the
+    point has no such measure, and "-" if it could not be estimated. A column without any value is
+    left out."""
+    columns = {title: column for title, column in columns.items()
+               if any(point.get(column[0]) is not None for point in points.values())}
+    rows = [["", *columns]]
+    for name, point in points.items():
+        rows.append([name])
+        for key, digits, _ in columns.values():
             value, se = point.get(key), point.get(key + "_se")
-            cells.append("-" if value is None else f"{value:.3f}" + (f" ±{se:.3f}" if se else ""))
-        print(f"{name:<20}" + "".join(f"{cell:>17}" for cell in cells))
-    print(f"on {after['samples']} held-out prompts, ± one standard error; KL is KL(π ‖ π_ref) per "
-          f"completion, one-sample estimate {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}\n")
-    print("\n".join(read_text(folder / "samples.txt").splitlines()[:16]))
-    print(f"\nmore samples: {folder / 'samples.txt'}")
-    if stage not in ("ppo", "ppo-gt"):
-        if not (folder / "curves.png").exists():  # here, since the runs of a sweep need none
-            training_curves(folder, job.folder("groups") / "reference.json")
-        print(f"curves:       {folder / 'curves.png'}")
+            error = f" ±{se:.{digits}f}" if se else ""
+            rows[-1].append(f"{value:.{digits}f}{error}" if value is not None else
+                            "-" * (key in point))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+             for row in rows]
+    meanings = "; ".join(f"{title}: {meaning}" for title, (*_, meaning) in columns.items())
+    return "\n".join([*lines, *textwrap.wrap(meanings + ".", 100, break_on_hyphens=False)])
+
+
+# stage -> the stages to run next and what they show; after any other stage: dpo, to compare
+NEXT = {"dpo": {"inspect": "which pairs were pushed, and how hard",
+                "degenerate": "what happens without DPO's weight, and without π_ref"}}
+
+
+def report(job, stage: str, curves=training_curves) -> None:
+    """Print a finished run's table, four samples, files, and what to run next; draw its curves."""
+    folder, reference_eval = job.folder(stage), job.reference_eval
+    before, after = reference_eval["point"], read_json(folder / "result.json")
+    optimum = reference_eval["optimum"]  # empty for a preference file
+    best = optimal_reward(optimum, after["kl"])
+    points = {"π_ref": before, "π_θ": after}
+    if optimum:
+        points["optimum at that KL"] = dict(reward=best, kl=after["kl"])
+    print(f"\nπ_θ: {run_title(stage, vars(job.cfg))}; {after['samples']} held-out prompts, ± one "
+          f"standard error\n{table(points)}")
+    if optimum:
+        print("The optimum is the largest reward that any policy can have at that KL (Eq. 4).")
+    print(f"The one-sample estimate of KL is {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}.\n")
+    print("\n\n".join("\n".join(lines) for lines in read_samples(folder)[:4]) + "\n")
+    look = "KL, π_θ's distance from π_ref"
+    if best:
+        share = (after["reward"] - before["reward"]) / (best - before["reward"])
+        look = f"reward: π_θ has {share:.0%} of the gain that is possible at its KL"
+    elif optimum:
+        last = max((p["kl"] for p in optimum if p["ess"] >= 2), default=0)
+        look = f"KL: above {last:.2f} the optimum cannot be estimated, so its reward is \"-\""
+    kept = "grammatical" if after["grammatical"] is not None else "repeated"
+    print(f"Look first at {look}.\nThen compare {kept} with π_ref's, and look at the curves.")
+    print(f"samples: {folder / 'samples.txt'}")
+    if not (folder / "curves.png").exists():  # drawn here: a sweep's runs need none
+        curves(folder, job.folder("groups") / "reference.json")
+    print(f"curves:  {folder / 'curves.png'}")
+    command, flags = STAGE.parse_known_args(job.command)
+    if command.stage == stage:  # not if another stage has made it
+        for name, why in NEXT.get(stage, {"dpo": "DPO, to compare"}).items():
+            words = shlex.join(["python", "train.py", "--stage", name, *flags])
+            print(f"next:    {words}  # {why}")

@@ -1,4 +1,4 @@
-"""One command's settings and device, the folders of its runs, and loaders for what they hold.
+"""One command's settings and device, the folders of its runs, and what stages load from them.
 
 P prompts, K completions per prompt.
 """
@@ -27,25 +27,25 @@ from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_n
 from support.tokenizer_files import read_tokenizer, save_tiktoken, tokens_of
 
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision -> the type of its products
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision -> dtype of matrix products
 
 
 def seed_of(cfg: Settings, name: str, step=0) -> int:
-    """Every random draw is a function of these three, so no generator's state needs saving."""
+    """The seed of a random draw, by (--seed, name, step). So no generator's state is ever saved."""
     return int(hashlib.sha256(f"{cfg.seed}/{name}/{step}".encode()).hexdigest()[:12], 16)
 
 
 @functools.cache
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of the best of many large matrix products: the 100 % of the logged mfu."""
+    """FLOP/s of the fastest of 20 large matrix products. The logged mfu is relative to it."""
     dtype = HALF.get(precision, torch.float32)
-    # a CPU may emulate half precision a hundred times slower
+    # small in half precision, which a CPU may emulate a hundred times slower
     n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 128
     a = torch.randn(n, n, device=device, dtype=dtype)
 
     def seconds() -> float:
         began = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for it
+        float((a @ a)[0, 0])  # waits for the GPU
         return time.perf_counter() - began
 
     return 2 * n**3 / min(seconds() for _ in range(20))
@@ -54,7 +54,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 class Job:
     """The settings of one command, its device, and what several stages load."""
 
-    workers = 1  # processes on its device, each with a job
+    workers = 1  # processes that share the device, each with a Job
 
     def __init__(self, preset: str, cfg: Settings, command: list[str]):
         if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -71,11 +71,11 @@ class Job:
         self.cfg = replace(cfg, precision=self.auto) if cfg.precision == "auto" else cfg
         self.preset, self.command, self.device = preset, command, torch.device(name)
         self.root, self.hashes = Path(cfg.out) / preset, {}
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 matrices meet a GPU
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it is slow at each new shape
 
     def beside(self, cfg: Settings) -> "Job":
-        """This job with other settings of the stages after `groups`. Both share what is loaded:
+        """A job with other settings for the stages after `groups`. Both jobs share what is loaded:
         data, preferences, r* and the hashes of finished parents."""
         other = copy.copy(self)
         other.cfg = cfg
@@ -91,7 +91,7 @@ class Job:
         return self.root / (stage + run_name(self.cfg, base, SETTINGS_OF[stage]))
 
     def about(self, stage: str) -> dict:
-        """What a run records of its command and its machine, without being bound to it."""
+        """What a run records about its command and machine. This is not part of its identity."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else \
             f"{platform.processor() or platform.machine()} CPU"
         return dict(stage=stage, command=self.command, preset=self.preset, device=device,
@@ -100,21 +100,21 @@ class Job:
                     started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def read_given(self, stages: set[str]) -> None:
-        """Read what a user gave to these stages, so that its faults are named at once."""
+        """Read the files that a user gave to these stages, to report their errors at once."""
         cfg = self.cfg
-        others = cfg.groups and stages & {"chosen", "groups"}
-        if others:
-            read_preferences(cfg.groups)  # first without a tokenizer, which may take minutes
+        reads_preferences = cfg.groups and stages & {"chosen", "groups"}
+        if reads_preferences:
+            read_preferences(cfg.groups)  # before the tokenizer, which may take minutes to train
         if cfg.init and stages & {"sft", "chosen"}:
             self.pretrained(cfg.init)
         if cfg.reference and stages:
             self.load_reference()
         if cfg.reward == "siebert" and not cfg.groups and stages - {"sft"}:
             self.reward
-        if others:
+        if reads_preferences:
             self.split
 
-    # -------------------------------------------------------------------------- what runs hold
+    # -------------------------------------------------------------------------- data and models
 
     @functools.cached_property
     def data(self) -> data_imdb.Data:
@@ -126,7 +126,7 @@ class Job:
         return self.check_compatible(GPT.load(path, dropout), path)
 
     def pretrained(self, name: str, dropout: float = 0.0) -> GPT:
-        """The model in the folder of a run or of Hugging Face, or GPT-2 by its name."""
+        """The model in a run's folder or a Hugging Face folder, or GPT-2 by its name."""
         path = Path(name) / "model.pt"
         ours = path.exists()
         model = GPT.load(path, dropout) if ours else \
@@ -138,18 +138,17 @@ class Job:
         return self.check_compatible(model, name)
 
     def check_compatible(self, model: GPT, name) -> GPT:
-        """The model, on the device. UserError where its vocabulary or its context does not fit."""
+        """The model on the device. UserError if its vocabulary or context does not fit."""
         if model.config.vocab_size != self.data.enc.n_vocab:
-            raise UserError(
-                f"{name} has {model.config.vocab_size} tokens, the tokenizer of this command "
-                f"{self.data.enc.n_vocab}: give the --vocab that it was trained with")
+            raise UserError(f"{name} has {model.config.vocab_size} tokens, and this command's "
+                            f"tokenizer has {self.data.enc.n_vocab}: give the --vocab of {name}")
         if model.config.n_ctx < self.cfg.n_ctx:
             raise UserError(f"{name} has a context of {model.config.n_ctx} tokens, this command "
                             f"wants {self.cfg.n_ctx}: give --n-ctx {model.config.n_ctx}")
         return model.to(self.device)
 
     def load_reference(self) -> GPT:
-        """π_ref: the SFT model, or for a preference file the one given or fine-tuned for it."""
+        """π_ref: the SFT model; for a preference file, --reference or the model of stage chosen."""
         cfg = self.cfg
         return self.pretrained(cfg.reference) if cfg.reference else \
             self.policy("chosen" if cfg.groups else "sft")
@@ -166,7 +165,7 @@ class Job:
 
     @functools.cached_property
     def groups(self) -> data_imdb.Groups:
-        """The finished stage's own groups; before it is finished, those that --groups names."""
+        """The groups of the finished stage; until it is finished, those of the file --groups."""
         finished = (self.folder("groups") / "ref_logps.pt").exists()
         path = self.folder("groups") / "groups.jsonl" if finished else Path(self.cfg.groups)
         return data_imdb.read_groups(path, self.data.enc, self.cfg.n_ctx)
@@ -183,20 +182,20 @@ class Job:
 
     @functools.cached_property
     def reference_eval(self) -> dict:
-        """What `groups` says of π_ref: its point, the prompts it was evaluated on, the optimum."""
+        """What `groups` wrote about π_ref: its point, the prompts of that point, the optimum."""
         return read_json(self.folder("groups") / "reference.json")
 
     # -------------------------------------------------------------------------- sampling
 
     def memory(self) -> int:
-        """This job's share in bytes of the GPU's; on a CPU, which has other work too, of 5 GiB."""
+        """This job's share of the memory in bytes: of the GPU's, or of 5 GiB on a CPU."""
         whole = 5 * 2**30 if self.device.type == "cpu" else \
             torch.cuda.get_device_properties(self.device).total_memory
         return whole // self.workers
 
     def batch_size(self, model: GPT) -> int:
-        """Sequences sampled at once: their keys and values fill a tenth of the memory at most. More
-        than 1,000 are no faster on a CPU."""
+        """How many sequences to sample at once: their keys and values take at most a tenth of the
+        memory. On a CPU more than 1,000 are not faster."""
         length = self.cfg.n_ctx if self.cfg.groups else 9 + self.cfg.max_new_tokens
         numbers = 2 * model.config.n_layer * model.config.n_embd * length  # per sequence
         size = 2 if self.cfg.precision in HALF else 4  # bytes per number
@@ -204,14 +203,14 @@ class Job:
         return max(1, min(most, self.memory() // (10 * size * numbers)))
 
     def sample(self, model: GPT, prompts, seed: int, temperature: float = 1.0) -> list[list[int]]:
-        """One completion per prompt. On a CPU parts of the batch run in threads of their own: small
-        operations divide badly among cores, whole parts do not."""
+        """One completion per prompt. On a CPU each worker thread samples a part of the prompts,
+        because the small operations of one part gain little from several cores."""
         threads, workers = torch.get_num_threads(), 1
-        if self.device.type == "cpu" and threads > 1:  # Python itself runs one thread at a time
+        if self.device.type == "cpu" and threads > 1:  # at most 4: Python runs one thread at a time
             workers = max((4, 3, 2), key=lambda n: n * (threads // n))
 
         def parallel(work, parts):
-            def autocast(part):  # a new thread begins without it
+            def autocast(part):  # a new thread starts without autocast
                 with self.autocast():
                     return work(part)
 
@@ -220,17 +219,17 @@ class Job:
                                         (threads // workers,)) as pool:
                     return ranks.together([*pool.map(autocast, ranks.share(parts))])
             finally:
-                torch.set_num_threads(threads)  # the pool has set it for every thread
+                torch.set_num_threads(threads)  # the pool has changed it for all threads
 
-        at_once = min(ranks.together([self.batch_size(model)]))  # all ranks make the same parts
-        batch_size = min(at_once // workers, -(-len(prompts) // (workers * ranks.WORLD)))
+        most = min(ranks.together([self.batch_size(model)]))  # so that all ranks make equal parts
+        batch_size = min(most // workers, -(-len(prompts) // (workers * ranks.WORLD)))
         return model.sample(prompts, self.cfg.max_new_tokens, self.data.eot, seed, temperature,
                             batch_size=max(1, batch_size), parallel=parallel)
 
     def evaluate(self, policy: GPT, reference: GPT, prompts, temperature: float = 1.0) -> dict:
-        """A point on these prompts: the same uniforms for every policy of this seed."""
+        """The policy's point on these prompts. All policies of a seed use the same uniforms."""
         began = time.perf_counter()
-        reward = None if self.cfg.groups else self.reward  # other people's rewards are not our r*
+        reward = None if self.cfg.groups else self.reward  # a preference file has no r*
         seed = seed_of(self.cfg, "evaluate")
         with self.autocast():
             point = evaluate(
@@ -240,6 +239,6 @@ class Job:
         return point | dict(seconds=round(time.perf_counter() - began, 2))
 
     def save_policy(self, run: Run, model: GPT) -> None:
-        """Its tokenizer, then model.pt, which marks the run finished."""
+        """Save the tokenizer, then model.pt, which marks the run finished."""
         save_tiktoken(tokens_of(self.data.enc), run.path("bpe.tiktoken"))
         run.finish(model.checkpoint())

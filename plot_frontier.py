@@ -1,4 +1,4 @@
-"""JSONL in, figures out: Figure 2 (the reward-KL frontier), and the training curves of a DPO run.
+"""Draws Figure 2 (the reward-KL frontier) and the training curves of a DPO run from JSONL files.
 
     python plot_frontier.py out/toy/frontier                       frontier.png and frontier.svg
     python plot_frontier.py out/toy/dpo --groups out/toy/groups    curves.png
@@ -6,51 +6,52 @@
 Needs numpy and matplotlib alone: it reads what the runs have written. The table and all other
 figures stand in experiments/table.py and experiments/figures.py.
 
-n points, m values of KL.
+n points, m values of KL, F folds of the P prompts.
 """
 
 import argparse
-import re
+import math
 import sys
 import textwrap
 from pathlib import Path
 
-# before the slow imports: Ctrl-C meanwhile is then one sentence
-from support.runs import UserError, main_exit, reading, write_whole
+# before the slow imports: Ctrl-C during them then prints one sentence
+from support.runs import UserError, main_exit, read_json, reading, write_whole
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: it draws to files and opens no window
 
-from support.points import read_curves, read_points, setting_value
+from support.points import number, read_curves, read_points, setting_value
 
-STYLES = {  # method: label, colour, marker, line; the colours differ in grey print too
+STYLES = {  # method: label, colour, marker, line; the colours also differ when printed in grey
     "dpo": ("DPO", "#00205c", "o", "-"),
-    "plackett-luce": ("DPO, Plackett-Luce", "#429fdc", "D", (0, (6, 1.5))),
-    "ppo": ("PPO, learned reward", "#f78b43", "s", "--"),
-    "ppo-gt": ("PPO-GT, true reward", "#a3101f", "^", "-."),
+    "plackett-luce": ("Plackett-Luce DPO", "#429fdc", "D", (0, (6, 1.5))),
+    "ppo": ("PPO (learned reward)", "#f78b43", "s", "--"),
+    "ppo-gt": ("PPO-GT (true reward)", "#a3101f", "^", "-."),
     "unlikelihood": ("Unlikelihood", "#2c7f3a", "v", ":"),
     "preferred-ft": ("Preferred-FT", "#58217f", "P", (0, (1, 1))),
     "best-of-n": ("Best-of-N by r*", "#96775f", "X", (0, (3, 1, 1, 1, 1, 1))),
     "best-of-n-learned": ("Best-of-N by r_φ", "#e0bb3c", "h", (0, (4, 3))),
     "best-of-n-implicit": ("Best-of-N by DPO's r̂", "#a83279", "p", (0, (2, 2))),
     "sft": ("SFT = π_ref", "#000000", "*", "-"),
-    "dpo-soft": ("DPO, soft labels", "#a3101f", "^", "-."),
-    "dpo-sampled": ("DPO, sampled labels", "#f78b43", "s", "--"),
-    "dpo-online": ("online DPO, labels by r*", "#a3101f", "^", "-."),
-    "dpo-self": ("online DPO, labels by its own r̂", "#f78b43", "s", "--")}
+    "dpo-soft": ("DPO on soft labels", "#a3101f", "^", "-."),
+    "dpo-sampled": ("DPO on sampled labels", "#f78b43", "s", "--"),
+    "dpo-online": ("online DPO (labels by r*)", "#a3101f", "^", "-."),
+    "dpo-self": ("online DPO (labels by its own r̂)", "#f78b43", "s", "--")}
+FOLDS = 5  # parts of the prompts: mixtures are chosen on four of them and measured on the fifth
 KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, from 0 to 1"
 
 
 # ------------------------------------------------------------------------------ the points
 
 def kl_range(preset: str) -> tuple[tuple, int, int]:
-    """In nats: the table's KLs, the KL up to which methods are compared, the figure's end."""
+    """KLs in nats: those of the table, the largest one compared, and the end of the figure."""
     return ((1, 2, 3), 3, 5) if preset == "toy" else ((1, 2, 3, 5, 10), 10, 20)
 
 
 def series(points: list[dict], method: str) -> list[dict]:
-    """A method's points at temperature 1, which make the frontier."""
+    """A method's points at temperature 1. Only these belong to the frontier."""
     return [p for p in points if p["method"] == method and p["temperature"] == 1]
 
 
@@ -63,14 +64,14 @@ def reference(points: list[dict]) -> dict:
 
 
 def reliable_optimum(points: list[dict], method: str = "optimum") -> list[dict]:
-    """The points that rest on at least 3 effective samples per prompt, by KL: of the optimum, or of
-    score-tilt."""
+    """The points of the optimum (or of score-tilt) with at least 3 effective samples per prompt,
+    sorted by KL."""
     return sorted((p for p in series(points, method) if (p["ess"] or 0) >= 3),
                   key=lambda p: p["kl"])
 
 
 def seed_means(points: list[dict], *keys: str) -> dict[str, np.ndarray]:
-    """setting -> (steps, keys), means over seeds: those of a policy drawn at random among them."""
+    """setting -> (steps, keys): means over seeds, as of a policy whose seed is drawn at random."""
     runs = {}
     for p in sorted(points, key=lambda p: (setting_value(p["setting"]), p["step"])):
         runs.setdefault(p["setting"], {}).setdefault(p["step"], []).append([p[k] for k in keys])
@@ -79,16 +80,17 @@ def seed_means(points: list[dict], *keys: str) -> dict[str, np.ndarray]:
 
 
 def envelope(kl, reward, at, start, flat: bool = False, judges=None) -> np.ndarray:
-    """The best mean reward that mixtures of π_ref and some policies have at given KLs, in nats.
+    """The best mean reward that mixtures of π_ref and the policies have at given KLs, in nats.
 
     kl, reward (..., n): the policies, NaN where one is missing; at (m,) or (..., m): the KLs;
-    start (...): π_ref's reward -> (..., m), the upper concave hull, flat after its top. It is NaN
-    past the largest KL, where nothing was measured, unless `flat`.
-    Let a coin choose between two policies for each prompt: the reward lies on the straight line
-    between theirs, and the KL, being convex, is no larger than there. So mixtures reach the hull.
-    The hull of noisy points lies too high, as every maximum does. judges: kl, reward, start of the
-    same policies on other prompts. Then the mixtures are chosen by the former and judged by these,
-    without that bias; if a mixture has another KL there, its reward goes along the hull to `at`.
+    start (...): π_ref's reward. Returns (..., m): the upper concave hull, constant after its
+    maximum. Unless `flat`, it is NaN past the largest KL, where nothing was measured.
+    Mixtures reach the hull: choose one of two policies at random for each prompt. The mean reward
+    lies on the straight line between the two points. The KL is convex, so it is not larger there.
+    The hull of noisy points is too high, because it is a maximum over noise. judges: kl, reward and
+    start of the same policies on other prompts. Then kl and reward choose the mixtures, and judges
+    measure them without this bias. If a mixture has another KL on those prompts, its reward is
+    corrected to `at` along the slope of the hull.
     """
     def with_reference(kl, reward, start):  # two (..., n + 1)
         kl, reward = np.asarray(kl, float), np.asarray(reward, float)
@@ -103,7 +105,7 @@ def envelope(kl, reward, at, start, flat: bool = False, judges=None) -> np.ndarr
     kl_there, reward_there = with_reference(*judges) if judges else (kl, reward)
     at, i = np.asarray(at, float), np.zeros(kl.shape[:-1] + (1,), int)  # i: π_ref, at first
     height = np.full(np.broadcast_shapes(kl.shape[:-1] + (1,), at.shape), np.nan)
-    while True:  # from π_ref to the point of steepest rise, and on from there until none rises
+    while True:  # from π_ref, go to the point of steepest rise, until no point is higher
         with np.errstate(divide="ignore", invalid="ignore"):
             k, r = of(kl, i), of(reward, i)
             slopes = np.where((kl > k) & (reward > r), (reward - r) / (kl - k), 0)  # (..., n + 1)
@@ -118,35 +120,82 @@ def envelope(kl, reward, at, start, flat: bool = False, judges=None) -> np.ndarr
         i = best
 
 
+def means(counts, values) -> np.ndarray:
+    """Means of values (n, P) over the prompts, weighted by counts (..., P) -> (..., n)."""
+    return counts @ np.asarray(values).T / counts.sum(-1, keepdims=True)
+
+
+def cross_fit(kl, reward, start, at, ideal: bool) -> np.ndarray:
+    """The gain over π_ref at KLs `at` (m,): of a method's best mixtures, or (ideal) of its points.
+
+    kl, reward (2, F, ..., n), start (2, F, ...): means outside and inside each fold. Mixtures are
+    chosen outside a fold and measured inside it. Returns (..., m), means over folds.
+    """
+    if ideal:
+        values = np.apply_along_axis(lambda x: np.interp(at, *np.split(x, 2), left=np.nan), -1,
+                                     np.concatenate([kl[1], reward[1]], -1))  # (F, ..., m)
+    else:  # flat: outside a fold the largest KL may be below `at`
+        values = envelope(kl[0], reward[0], at, start[0], flat=True,
+                          judges=(kl[1], reward[1], start[1]))
+    return (values - start[1][..., None]).mean(0)
+
+
 # ------------------------------------------------------------------------------ Figure 2
 
 def frontier(points: list[dict]) -> Figure:
-    """Figure 2: reward against KL, each method's points and envelope, the optimum above them. On
-    the right every trained policy's point, also those past the KLs of the left."""
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    """Figure 2. On the left reward against KL: the points and the envelope of each method, and the
+    optimum. On the right each method's share of the optimal gain, and the points of all trained
+    policies, also at larger KLs."""
+    figure = Figure(figsize=(14, 8), layout="constrained")
     shown = {m: mine for m in STYLES if not m.startswith("dpo-") and (mine := series(points, m))}
-    ax, far = figure.subplots(1, 2, width_ratios=(2, 1))
+    ax, share, far = figure.subplot_mosaic("AB;AC", width_ratios=(3, 2)).values()
     limit = plot_methods(ax, points, shown)
+    ax.set_title("Reward against KL: the higher at the same KL, the better")
+    plot_shares(share, points, shown)
     for method, mine in shown.items():
         if method != "sft" and not method.startswith("best-of-n"):
             plot_points(far, [p for p in mine if p["kl"] > 0.1], method, ms=4, label=None)
     for setting, steps in seed_means(shown.get("dpo", []), "kl", "reward").items():
-        if steps[-1, 0] > limit and " rate=" not in setting:  # where DPO's small βs end, among them the paper's 0.05 and 0.1
-            far.annotate(f"β = {setting_value(setting):g}", steps[-1], (0, -15), ha="center",
-                         fontsize=8, textcoords="offset points", color=STYLES["dpo"][1],
-                         bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
+        if steps[-1, 0] > limit and " rate=" not in setting:  # among them the paper's 0.05 and 0.1
+            far.annotate(f"β = {setting_value(setting):g}", steps[-1], (steps[-1, 0], 0.22),
+                         textcoords=("data", "axes fraction"), rotation=90, ha="center", va="top",
+                         fontsize=8, color=STYLES["dpo"][1], arrowprops=dict(
+                             arrowstyle="-", lw=0.6, color=STYLES["dpo"][1]))
     if best := [p for p in reliable_optimum(points) if p["kl"] > 0.1]:
         far.plot(*([p[key] for p in best] for key in ("kl", "reward")), "k-", lw=3)
-    far.axvline(limit, color="grey", lw=1, ls=":")
-    far.set(xscale="log", xlabel=KL, ylabel=REWARD, title="trained policies, also far out")
-    return finish(figure, points, "Light: every point, ± 1 standard error; lines: upper envelopes "
-                  "of the means over seeds. Best-of-N stands at log N - (N-1)/N, a bound on its "
-                  "KL.")
+    far.axvline(limit, color="grey", lw=1, ls=":", label="where the left panel ends")
+    far.set(xscale="log", xlabel=KL, ylabel=REWARD, title="All trained policies, also at large KL")
+    return finish(figure, sum(shown.values(), []), "Faint: every evaluation, ± 1 standard error. "
+                  "Lines: the best mixtures of a method's policies, means over seeds. The share's "
+                  "mixtures are chosen on four fifths of the prompts and judged on the rest (95 % "
+                  "intervals: table.md). Best-of-N is drawn at KL log N - (N-1)/N, an upper bound.")
+
+
+def plot_shares(ax, points: list[dict], shown: dict[str, list[dict]]) -> None:
+    """Draw each method's (r - r_ref) / (r_opt - r_ref), cross-fitted as in the table, at KLs where
+    the optimum is reliable. Near KL 0 both gains vanish, so nothing is drawn there."""
+    P, best = len(points[0]["kls"]), reliable_optimum(points)
+    inside = np.arange(P) % FOLDS == np.arange(min(FOLDS, P))[:, None]  # (F, P)
+    counts = np.stack([~inside, inside]).astype(float)
+    start = means(counts, [reference(points)["rewards"]])[..., 0]
+    at = np.arange(30, 100 * max((p["kl"] for p in best), default=0), 5) / 100
+
+    def gain(mine, ideal=False):
+        x = np.concatenate([*seed_means(mine, "kls", "rewards").values()])  # (n, 2, P)
+        kl, reward = means(counts, x[:, 0]), means(counts, x[:, 1])
+        return np.where(at > x[:, 0].mean(1).max(), np.nan, cross_fit(kl, reward, start, at, ideal))
+
+    for method, mine in shown.items():
+        if best and method != "sft":
+            _, colour, _, line = STYLES[method]
+            ax.plot(at, gain(mine) / gain(best, ideal=True), color=colour, ls=line, lw=1.8)
+    ax.axhline(1, color="k", lw=3)
+    ax.set(xlabel=KL, ylabel="(r - r_ref) / (r_opt - r_ref)",
+           title="Who is ahead: share of the optimal gain")
 
 
 def plot_methods(ax, points: list[dict], shown: dict[str, list[dict]]) -> float:
-    """The optimum, and of each method its points and their envelope -> the KL where the axes
-    end."""
+    """Draw the optimum, and each method's points and envelope -> the KL at which the axes end."""
     start, limit = reference(points)["reward"], plot_optimum(ax, points, sum(shown.values(), []))
     for method, mine in shown.items():
         if method == "sft":
@@ -163,7 +212,7 @@ def plot_methods(ax, points: list[dict], shown: dict[str, list[dict]]) -> float:
 
 
 def plot_points(ax, points: list[dict], method: str, **style) -> None:
-    """A method's points, with standard errors in both directions."""
+    """Draw a method's points with standard errors in both directions."""
     label, colour, marker, _ = STYLES[method]
     x, y, dy, dx = ([p[key] for p in points] for key in ("kl", "reward", "reward_se", "kl_se"))
     ax.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8,
@@ -171,9 +220,9 @@ def plot_points(ax, points: list[dict], method: str, **style) -> None:
 
 
 def plot_optimum(ax, points: list[dict], shown: list[dict]) -> float:
-    """The optimum, hatched above, in axes that fit it and `shown` -> the KL where they end."""
+    """Draw the optimum, hatch what is above, fit the axes to `shown` -> the KL where they end."""
     end = kl_range(points[0]["preset"])[2]
-    limit = min(end, 1.05 * max(p["kl"] for p in shown) or end)
+    limit = min(end, 1.05 * max((p["kl"] for p in shown if p["kl"] <= end), default=0) or end)
     if best := [p for p in reliable_optimum(points) if p["kl"] <= limit]:
         kl, reward = ([p[key] for p in best] for key in ("kl", "reward"))
         ax.plot(kl, reward, "k-", lw=3, label="optimum, Eq. 4")
@@ -190,34 +239,35 @@ def plot_optimum(ax, points: list[dict], shown: list[dict]) -> float:
 
 
 def finish(figure: Figure, points: list[dict], text: str) -> Figure:
-    """Adds grids, a legend beside the axes, and below them the caption and `text`."""
+    """Add grids, a legend beside the axes, and below them the caption and `text`."""
     for ax in figure.axes:
-        ax.grid(alpha=0.25 * bool(ax.get_xlabel()))  # an axis on the right has no x label
-    if not figure.axes[0].get_legend():
-        figure.legend(loc="outside right upper", fontsize=9, handlelength=3.6)
-    lines = textwrap.wrap(f"{caption(points)}. {text}", int(13 * figure.get_figwidth()))
+        ax.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=9, handlelength=3.6)
+    lines = textwrap.wrap(f"{caption(points)} {text}", int(13 * figure.get_figwidth()))
     figure.supxlabel("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
     return figure
 
 
 def caption(points: list[dict]) -> str:
-    """The experiment in one line: preset, model, the trained methods' seeds, test prompts.
-    A seed changes the order of the batches, or the rollouts; π_ref and the pairs stay."""
-    p, methods = points[0], {}  # seeds -> the methods that have them
-    for method in STYLES:
-        seeds = ", ".join(map(str, sorted({x["seed"] for x in series(points, method)})))
-        if seeds and method != "sft" and not method.startswith("best-of-n"):
-            methods.setdefault(seeds, []).append(method)
-    usual = max(methods, key=lambda seeds: len(methods[seeds]), default="0")
-    others = "".join(f" ({', '.join(names)}: {seeds})" for seeds, names in methods.items()
-                     if seeds != usual)
-    return (f"Preset {p['preset']}, {p['model']}; seed{'s' * (',' in usual)} {usual}{others}, of "
-            f"batch order and rollouts alone (one π_ref, one set of pairs); {len(p['rewards'])} "
-            "test prompts")
+    """The experiment that made these points: preset, model, test prompts, seeds by method."""
+    p, seeds, same = points[0], {}, {}
+    for x in points:
+        method = x["method"]
+        if method in STYLES and method != "sft" and not method.startswith("best-of-n"):
+            name = "learning rates not chosen" if " rate=" in x["setting"] else STYLES[method][0]
+            seeds.setdefault(name, set()).add(x["seed"])
+    for name, mine in seeds.items():
+        same.setdefault(", ".join(map(str, sorted(mine))), []).append(name)
+    usual = max(same, key=lambda mine: len(same[mine]), default="")
+    others = "".join(f"; {', '.join(names)}: {mine}" for mine, names in same.items()
+                     if mine != usual)
+    return (f"Preset {p['preset']}, {p['model']}; {len(p['rewards'])} test prompts." + bool(same) *
+            f" Seeds: {usual}{others}. A seed sets the order of batches and the rollouts; π_ref and"
+            " the pairs are the same in all runs.")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> Path:
-    """Writes a PNG or an SVG, as the path's ending says. Equal figures give equal bytes."""
+    """Write a PNG or an SVG, by the path's suffix. Equal figures give equal bytes."""
     kind = dict(metadata={"Date": None}) if path.suffix == ".svg" else dict(dpi=dpi)
     with rc_context({"svg.hashsalt": "frontier"}):
         write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], **kind))
@@ -226,76 +276,126 @@ def save_figure(figure: Figure, path: Path, dpi: int = 130) -> Path:
 
 # ------------------------------------------------------------------------------ training curves
 
-BATCH_PANELS = [  # title, y label, (logged key, label, style) of each line
-    ("loss", "nats per pair (or per ranking)", [("loss", "training", "C0-")]),
-    ("implicit rewards", "r̂ = β log π/π_ref, units of reward",
-     [("margin", "margin m, chosen - rejected", "C0-."), ("reward_chosen", "chosen", "C2-"),
-      ("reward_rejected", "rejected", "C3--")]),
-    ("log-probs of the batch's completions: both may fall", "log π(y|x), nats per completion",
-     [("logp_chosen", "chosen", "C2-"), ("logp_rejected", "rejected", "C3--")]),
-    ("accuracy of the implicit reward", "share of pairs in order",
-     [("accuracy", "pairs of the batch", "C0-")])]
-LOGGED = [*(key for *_, lines in BATCH_PANELS for key, *_ in lines),
+LOGGED = [*"loss margin reward_chosen reward_rejected accuracy".split(),
           *(f"weight_{p}" for p in (5, 25, 50, 75, 95))]  # in every step's row
 
 
-def training_curves(folder: Path, reference_json: Path) -> Path:
-    """folder/curves.png: six panels over the steps of a DPO run.
+def run_title(stage: str, settings: dict) -> str:
+    """The run's method and its settings that differ from plain DPO: "DPO, β 1.6, labels soft"."""
+    key, value = stage, "β {beta:g}"
+    if stage == "online":
+        key = "dpo-online" if settings["online_labels"] == "r*" else "dpo-self"
+    elif stage in ("ppo", "ppo-gt"):
+        value = "KL steered to {ppo_target:g}" if settings["ppo_target"] else "β {ppo_beta:g}"
+    elif stage != "dpo":
+        value = {"unlikelihood": "α {alpha:g}"}.get(stage, "")
+    plain = dict(loss="pairwise", weight="sigmoid", labels="hard", label_scale=10.0,
+                 label_noise=0.0, train_prompts=0, dpo_module="", run_seed=0, seed=0)
+    others = [f"{name} {settings[name]}" for name, usual in plain.items()
+              if settings.get(name, usual) not in (usual, stage)]
+    return ", ".join(filter(None, [STYLES[key][0], value.format(**settings), *others]))
 
-    reference_json: the groups' file. UserError if the folder holds no such run, or a damaged one.
+
+def training_curves(folder: Path, reference_json: Path) -> Path:
+    """Draw folder/curves.png of a DPO run: reward against KL, and four panels over the steps.
+
+    reference_json: the groups' file. UserError if the folder holds no DPO run, or a damaged one.
     """
-    steps, evals = read_curves(folder, reference_json, LOGGED)
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    loss, implicit, weight, logps, accuracy, held_out = axes = figure.subplots(2, 3).ravel()
-    for ax, (title, ylabel, lines) in zip((loss, implicit, logps, accuracy), BATCH_PANELS):
-        for key, label, style in lines:
-            ax.plot([r["step"] for r in steps], smooth([r[key] for r in steps]), style, label=label)
-        ax.set(title=title, ylabel=ylabel)
+    steps, evals, optimum = read_curves(folder, reference_json, LOGGED)
+    with reading(folder / "config.json"):
+        config = read_json(folder / "config.json")
+        settings, stage = config["settings"], config["about"]["stage"]
+        title, beta, loss = run_title(stage, settings), number(settings["beta"]), settings["loss"]
+    for row in steps:  # r̂ / β; the loss without π_ref has r̂ = β log π
+        row |= dict(gap=row["margin"] / beta, chosen=row["reward_chosen"] / beta,
+                    rejected=row["reward_rejected"] / beta)
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    axes = figure.subplot_mosaic([["way", "loss", "log"], ["way", "weight", "accuracy"]])
+    title += ": " + reward_against_kl(axes["way"], evals, optimum)
+    unit = "ranking" if loss == "plackett-luce" else "pair"
+    plot_steps(axes["loss"], steps, "Loss", f"nats per {unit}", [("loss", "training", "C0-")])
     start = steps[0]["loss"]
-    loss.axhline(start, color="grey", ls=":",
-                 label=f"where π = π_ref: {start:.4f} (Eq. 7: log 2)")
-    weight_panel(weight, steps)
+    known = {"pairwise": ("log 2", math.log(2)),
+             "plackett-luce": ("log K!", math.lgamma(1 + settings["num_completions"]))}
+    name, value = known.get(loss, ("", math.inf))
+    name = f" = {name}" * math.isclose(start, value, abs_tol=1e-3)
+    axes["loss"].axhline(start, color="grey", ls=":",
+                         label=f"first step, π = π_ref: {round(start, 4) + 0:g}{name}")
+    plot_steps(axes["log"], steps, "At the end", "r̂/β = log π" +
+               " - log π_ref" * (loss != "reference-free") + ", nats", [
+                   ("gap", "gap", "C0-."), ("chosen", "chosen", "C2-"),
+                   ("rejected", "rejected", "C3--")])
+    weight_panel(axes["weight"], steps)
+    plot_steps(axes["accuracy"], steps, "Pairs that r̂ puts in order", "share of pairs",
+               [("accuracy", "pairs of the batch", "C0-")])
     measured = [e for e in evals if e["accuracy"] is not None]
-    accuracy.plot([e["step"] for e in measured], [e["accuracy"] for e in measured], "ko", ms=5,
-                  label="held-out pairs")
-    held_out_panel(held_out, evals)
-    for ax in axes:
-        ax.set(xlabel="step")
-        ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes["accuracy"].plot([e["step"] for e in measured], [e["accuracy"] for e in measured], "ko",
+                          ms=5, label="held-out pairs")
+    return save_curves(figure, folder, title)
+
+
+def save_curves(figure: Figure, folder: Path, title: str) -> Path:
+    """Add grids, legends, the title and the folder's name, and write folder/curves.png."""
+    for ax in figure.axes:
+        high = ax.get_subplotspec().rowspan.stop - ax.get_subplotspec().rowspan.start
+        ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16 / high))
         ax.grid(alpha=0.25)
-    name = re.sub(r"[^\w ./-]", "_", "/".join(folder.resolve().parts[-2:]))
-    name = name if len(name) <= 70 else name[:69] + "…"
-    figure.suptitle(f"{name}: lines without marks are running means over a twentieth of the run")
+    name = "/".join(folder.resolve().parts[-2:])
+    texts = (title, 100), (f"{name}: lines without marks are running means over a twentieth of the "
+                           "run", 210)
+    title, caption = ("\n".join(textwrap.wrap(  # what is not printable cannot be drawn
+        "".join(c if c.isprintable() else "_" for c in text), width)) for text, width in texts)
+    figure.suptitle(title, fontsize=14, parse_math=False)
+    figure.supxlabel(caption, fontsize=8.5, x=0.01, ha="left", parse_math=False)
     return save_figure(figure, folder / "curves.png", dpi=120)
 
 
+def plot_steps(ax, steps: list[dict], title: str, ylabel: str, lines) -> None:
+    """Draw logged columns over the steps: lines of (key, label, style). The title names the first
+    and the last value of a single line, or the last values of several lines."""
+    ends = []
+    for key, label, style in lines:
+        values = smooth([r[key] for r in steps])
+        ax.plot([r["step"] for r in steps], values, style, label=label)
+        ends.append(f"{label} {values[-1]:.3g}")
+    if len(lines) == 1:
+        ends = [f"{values[0]:.3g} → {values[-1]:.3g}"]
+    ax.set_title(f"{title}: {', '.join(ends)}", fontsize=10.5)
+    ax.set(xlabel="step", ylabel=ylabel)
+
+
 def weight_panel(ax, steps: list[dict]) -> None:
-    """Quantiles of a batch's importance weights, over the steps."""
-    x = [r["step"] for r in steps]
+    """Draw quantiles of the batch's importance weights over the steps."""
+    plot_steps(ax, steps, "Median weight of a pair", "importance weight w(m), m = β gap",
+               [("weight_50", "median", "C0-")])
     for low, high, shade in ((5, 95, 0.2), (25, 75, 0.35)):
-        ax.fill_between(x, *(smooth([r[f"weight_{p}"] for r in steps]) for p in (low, high)),
+        ax.fill_between([r["step"] for r in steps],
+                        *(smooth([r[f"weight_{p}"] for r in steps]) for p in (low, high)),
                         color="C0", alpha=shade, lw=0, label=f"{low} to {high} % of pairs")
-    ax.plot(x, smooth([r["weight_50"] for r in steps]), color="C0", label="median")
-    ax.set(title="importance weight of a pair", ylabel="w(m)")
 
 
-def held_out_panel(ax, evals: list[dict]) -> None:
-    """KL and, on an axis of its own, r* where the data has one, both with standard errors."""
-    def line(ax, key, style, label=None):
-        columns = [[e[x] for e in evals] for x in ("step", key, key + "_se")]
-        ax.errorbar(*np.array(columns, float), fmt=style, ms=5, capsize=3, label=label)
-
-    line(ax, "kl", "C1s--", "KL (left)")
-    ax.set(title="samples on held-out prompts, ± standard error", ylabel=KL, ylim=(0, None))
-    if evals[0]["reward"] is not None:
-        right = ax.twinx()
-        line(right, "reward", "C0o-")
-        right.set(ylabel=REWARD, ylim=(0, 1))
-        ax.errorbar([], [], [], fmt="C0o-", ms=5, label="reward r* (right)")
+def reward_against_kl(ax, evals: list[dict], optimum: list[dict]) -> str:
+    """Draw the evaluations, joined in the order of the steps, and the optimum. Without r*, draw KL
+    over the steps. Returns the first and last values as text."""
+    first, last = evals[0], evals[-1]
+    if last["reward"] is None:
+        step, kl, error = ([e[key] for e in evals] for key in ("step", "kl", "kl_se"))
+        ax.errorbar(step, kl, error, fmt="C0o-", capsize=3, label="samples on held-out prompts")
+        ax.set(title="How far π_θ goes from π_ref", xlabel="step", ylabel=KL, ylim=(0, None))
+        return f"KL 0 → {last['kl']:.3g} nats"
+    end = max(e["kl"] for e in evals)
+    if best := [(p["kl"], p["reward"]) for p in optimum if p["kl"] <= 1.3 * end]:
+        ax.plot(*zip(*best), "k-", lw=3, label="optimum, Eq. 4")
+    plot_points(ax, evals, "dpo", ls="-", ms=6, capsize=3, label="samples on held-out prompts")
+    ax.annotate(f"step {last['step']}", (last["kl"], last["reward"]), (0, -16), ha="center",
+                textcoords="offset points", fontsize=9)
+    ax.set(title="The nearer to the optimum, the better", xlabel=KL, ylabel=REWARD,
+           xscale="symlog" if end > 20 else "linear")
+    return f"reward {first['reward']:.3f} → {last['reward']:.3f} at KL {last['kl']:.3g} nats"
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """A running mean over a twentieth of the run, shorter at both ends of it."""
+    """A running mean over a twentieth of the run. The window is shorter at both ends."""
     kernel = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
@@ -311,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     with reading(args.path):
         folder = args.path if args.path.is_dir() else args.path.parent
         is_run = (args.path / "metrics.jsonl").is_file() and \
-            not (args.path / "frontier.jsonl").exists()  # a sweep logs beside its points
+            not (args.path / "frontier.jsonl").exists()  # a frontier's folder holds both files
     if is_run:
         print(training_curves(folder, args.groups / "reference.json"))
         return

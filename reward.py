@@ -1,7 +1,8 @@
-"""The reward of a completion: the ground truth r*, and the body of a reward model, Eq. 2's r_φ.
+"""The reward of a completion: the ground truth r*, and the model of a learned reward, r_φ of Eq. 2.
 
-A reward is a callable (prompts, completions) -> (N,) float32 on the CPU, of token ids. r* lies in
-[0, 1]: a known function of the text on the toy corpus, p(positive) by a trained classifier on IMDb.
+A reward is a callable (prompts, completions) -> (N,) float32 on the CPU; both arguments hold token
+ids. r* lies in [0, 1]. On the toy corpus it is a known function of the text. On IMDb it is
+p(positive) by a trained classifier.
 
 B sequences, T tokens, C channels, N completions.
 """
@@ -20,13 +21,13 @@ from support.toy_reviews import grammatical, sentiment
 
 
 def texts(enc, prompts, completions) -> list[str]:
-    """What was sampled, as text, without <|endoftext|>."""
+    """Each prompt and its completion as one text, without <|endoftext|>."""
     return [enc.decode([i for i in p + c if i != enc.eot_token])
             for p, c in zip(prompts, completions)]
 
 
 class ToyReward:
-    """r* of the toy corpus: exact, nothing to train."""
+    """r* of the toy corpus. It is exact, so there is no model to train."""
 
     def __init__(self, enc):
         self.enc = enc
@@ -35,24 +36,24 @@ class ToyReward:
         return torch.tensor([sentiment(t) for t in texts(self.enc, prompts, completions)])
 
     def grammatical(self, prompts, completions) -> float:
-        """The share of sentences that are in the grammar's language, whatever their polarity."""
+        """The share of sentences that the grammar could have made. Their polarity may be mixed."""
         counts = [grammatical(t) for t in texts(self.enc, prompts, completions)]
         return sum(good for good, _ in counts) / max(1, sum(n for _, n in counts))
 
 
 class RewardModel(nn.Module):
-    """A GPT with a scalar head, read at the last token: r_φ of Eq. 2, or the logit of r*."""
+    """A GPT with a scalar head on the last token: r_φ of Eq. 2, or the logit of r*."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.body = config, GPT(config)
         self.score = nn.Linear(config.n_embd, 1)
-        nn.init.zeros_(self.score.weight)  # starts indifferent: log 2 under either loss
+        nn.init.zeros_(self.score.weight)  # all scores start at 0, both losses at log 2
         nn.init.zeros_(self.score.bias)
 
     @classmethod
     def from_gpt(cls, gpt: GPT, n_ctx: int, dropout: float = 0.0) -> "RewardModel":
-        """The body of a language model. A longer context repeats its position embeddings."""
+        """A copy of `gpt` with a head. If n_ctx is longer, its position embeddings are repeated."""
         config = GPTConfig(**vars(gpt.config) | {"n_ctx": n_ctx, "dropout": dropout})
         model, state = cls(config), gpt.state_dict()
         times = math.ceil(n_ctx / gpt.config.n_ctx)
@@ -61,17 +62,17 @@ class RewardModel(nn.Module):
         return model
 
     def forward(self, idx, lengths):
-        """idx (B, T), lengths (B,) -> (B,) float32, of each row's token lengths - 1."""
+        """idx (B, T), lengths (B,) -> scores (B,) float32, at each row's token lengths - 1."""
         last = self.body.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]
-        with torch.autocast(idx.device.type, enabled=False):  # a bf16 score would tie rewards
+        with torch.autocast(idx.device.type, enabled=False):  # in bf16 many scores would be equal
             return self.score(last.float())[:, 0]
 
     checkpoint, load = GPT.checkpoint, classmethod(GPT.load.__func__)
 
 
 class ModelReward:
-    """r*: p(positive), by a model trained on labels. With `learned`, r_φ: Eq. 2's score, by a model
-    that reads the closing <|endoftext|> too, being trained on completions that have it."""
+    """r*: p(positive) by a model trained on labels. With `learned`, r_φ: the score of Eq. 2. The
+    model of r_φ was trained on completions with their <|endoftext|>, so it reads that token too."""
 
     def __init__(self, model: RewardModel, eos: int, learned: bool = False, batch_size: int = 256):
         self.model, self.eos = model.eval(), eos
@@ -83,21 +84,21 @@ class ModelReward:
         out = []
         for i in range(0, len(prompts), self.batch_size):
             part = completions[i : i + self.batch_size]
-            if not self.learned:  # reviews have no closing <|endoftext|>: the last word is read
+            if not self.learned:  # r*'s model was trained on reviews without a final <|endoftext|>
                 part = [[t for t in c if t != self.eos] for c in part]
             idx, _, lengths = pad_rows(prompts[i : i + self.batch_size], part)
             if idx.size(1) > n_ctx:
-                raise UserError(f"a text of {idx.size(1)} tokens; the reward model reads {n_ctx}: "
-                                "raise --reward-ctx")
-            with torch.autocast(device.type, enabled=False):  # one judge, whoever asks
+                raise UserError(f"got a text of {idx.size(1)} tokens, and the reward model reads "
+                                f"at most {n_ctx}: give a larger --reward-ctx")
+            with torch.autocast(device.type, enabled=False):  # float32, whatever the caller uses
                 scores = self.model(idx.to(device), lengths.to(device))
             out.append((scores if self.learned else scores.sigmoid()).cpu())
         return torch.cat(out)
 
 
 class SiebertReward:
-    """The paper's judge, p(positive) by siebert/sentiment-roberta-large-english, or a local folder
-    of that layout. Raises UserError without it or the optional package transformers."""
+    """The paper's r*: p(positive) by siebert/sentiment-roberta-large-english, by its name or from a
+    local folder. UserError if the model or the optional package transformers is missing."""
 
     def __init__(self, enc, name="siebert/sentiment-roberta-large-english", device="cpu",
                  batch_size=64):
@@ -108,22 +109,23 @@ class SiebertReward:
             raise UserError("--reward siebert needs transformers, which is not installed: run "
                             "pip install transformers") from None
         if not sys.stderr.isatty():
-            logging.disable_progress_bar()  # as train.py's own: no bar in a pipe
-        logging.set_verbosity_error()  # of what a folder lacks it prints a table
+            logging.disable_progress_bar()  # stderr is no terminal
+        logging.set_verbosity_error()  # else it prints a table of missing weights
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True)
             bad = sorted(report["missing_keys"]) or [
                 key for key, w in model.state_dict().items() if not w.isfinite().all()]
-            if bad:  # transformers draws missing ones at random
-                raise ValueError(f"{len(bad)} weights are missing or not finite, as {bad[0]}")
-        except Exception as e:  # a damaged file fails anywhere inside, with any type
+            if bad:  # transformers fills missing weights with random numbers
+                raise ValueError(f"{len(bad)} weights are missing or not finite, one is {bad[0]}")
+        except Exception as e:  # a damaged file can raise an error of any type
             raise UserError(f"could not load {name} ({first_line(e)}): give a folder that "
                             "holds it with --siebert-path") from None
         labels = {v.upper(): k for k, v in model.config.id2label.items()}
         if "POSITIVE" not in labels:
-            raise UserError(f"{name} has the labels {sorted(labels)}; one must be POSITIVE")
+            raise UserError(f"{name} has the labels {sorted(labels)}, wanted one named POSITIVE: "
+                            "give another --siebert-path")
         self.model, self.positive = model.to(device).eval(), labels["POSITIVE"]
         self.enc, self.batch_size = enc, batch_size
 
@@ -133,19 +135,19 @@ class SiebertReward:
         for i in range(0, len(strings), self.batch_size):
             batch = self.tokenizer(strings[i : i + self.batch_size], return_tensors="pt",
                                    padding=True, truncation=True).to(self.model.device)
-            with torch.autocast(self.model.device.type, enabled=False):  # one judge, whoever asks
+            with torch.autocast(self.model.device.type, enabled=False):  # as in ModelReward
                 logits = self.model(**batch).logits.float()
             out.append(logits.softmax(-1)[:, self.positive].cpu())
         return torch.cat(out)
 
 
 def truncate(ids, n_ctx: int) -> list[int]:
-    """A review's tokens, <|endoftext|> first; of a long one the end, where the verdict stands."""
+    """A review's tokens, <|endoftext|> first. Of a long review the end is kept: it sums up."""
     return [int(ids[0]), *map(int, ids[1:][-(n_ctx - 1):])]
 
 
 def crop(ids, n: int, rng) -> list[int]:
-    """<|endoftext|> and n tokens in a row from anywhere in the review; a shorter one whole."""
+    """<|endoftext|> and n consecutive tokens from a random place, or all of a shorter review."""
     start = rng.integers(1, max(2, len(ids) - n + 1))
     return [int(ids[0]), *map(int, ids[start : start + n])]
 
@@ -156,9 +158,9 @@ def label_batch(rows, labels) -> dict:
 
 
 def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng, parts: int = 1):
-    """One step's micro-batches of idx (B, T), lengths (B,), labels (B,): `batch` whole reviews, and
-    as many crops of 8 to `max_crop` tokens, so that short completions are judged well too; each in
-    `parts`."""
+    """The 2 `parts` micro-batches of one step: idx (B, T), lengths (B,), labels (B,). They hold
+    `batch` whole reviews and `batch` crops of 8 to `max_crop` tokens. The crops teach the model to
+    judge short completions too."""
     high = min(max_crop, n_ctx - 1) + 1
     pick = rng.integers(0, len(tokens), 2 * batch)
     whole = [truncate(tokens[i], n_ctx) for i in pick[:batch]]
@@ -169,7 +171,7 @@ def label_batches(tokens, labels, batch: int, n_ctx: int, max_crop: int, rng, pa
 
 
 def label_loss(model, micro_batch):
-    """Summed cross-entropy of the labels, and what to log, per sequence."""
+    """The sum of the labels' cross-entropy, and what to log for each sequence."""
     logits = model(micro_batch["idx"], micro_batch["lengths"])
     losses = F.binary_cross_entropy_with_logits(logits, micro_batch["labels"], reduction="none")
     right = (logits.detach() > 0) == (micro_batch["labels"] > 0.5)
@@ -180,9 +182,8 @@ def label_loss(model, micro_batch):
 def label_accuracy(model: RewardModel, tokens, labels, n_ctx: int, crop_len: int = 0,
                    batch_size: int = 64) -> dict:
     """Accuracy on labelled reviews, and the expected calibration error of p(positive): the gap
-    between the mean p and the share of positive reviews in a bin, averaged over the reviews' bins.
-
-    crop_len 0 judges whole reviews (their last n_ctx tokens), otherwise a crop of that many tokens.
+    between the mean p and the share of positive reviews in each tenth of [0, 1], as a mean over
+    reviews. With crop_len 0 the model reads whole reviews (their last n_ctx tokens), else crops.
     """
     rng, device, p = np.random.default_rng(0), model.score.weight.device, torch.empty(len(labels))
     model.eval()

@@ -19,11 +19,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: threads that have no work wait for a moment, then sleep. By default they
-# spin, which was 38 times slower where another program took one of two cores.
+# Before torch is imported: OpenMP threads without work wait for a moment and then sleep. By default
+# they keep spinning, which was 38 times slower while another program used one of two cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# before the slow imports: Ctrl-C meanwhile is then one sentence
+# imported first, so that Ctrl-C during the slow imports below prints one sentence
 from support.runs import (Run, UserError, lock, main_exit, out_of_memory, read_json, read_rows,
                           save_json, write_whole)
 
@@ -44,7 +44,7 @@ from support.settings import (OTHER_LOSSES, SETTINGS_OF, Settings, parse, settin
 # ------------------------------------------------------------------------------ the loop
 
 class Diverged(UserError):
-    """A number that is not finite. Another learning rate may be fine."""
+    """A number is not finite. Training may work at another learning rate."""
 
 
 def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int], dict | None],
@@ -52,18 +52,18 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
               evaluate_every: int = 0) -> dict | None:
     """Call step(i) for each i < steps, from the run's last checkpoint on.
 
-    parts: name -> what a checkpoint holds, with state_dict and load_state_dict. step returns a row
-    to log, or None. evaluation() is logged every `evaluate_every` steps (0: four times in all) and
-    after the last. Returns the last evaluation. Raises Diverged where a row, an evaluation or what
-    a checkpoint would hold is not finite, so that no checkpoint ever holds NaN.
+    parts: name -> an object for the checkpoint, with state_dict and load_state_dict. step returns a
+    row to log, or None. evaluation() is logged every `evaluate_every` steps (0: four times in all)
+    and after the last. Returns the last evaluation. Raises Diverged if a row, an evaluation or a
+    state is not finite, so that no checkpoint ever holds NaN.
     """
     def state(i: int) -> dict:
         """What a checkpoint after step i holds."""
-        found = {name: part.state_dict() for name, part in parts.items()}
-        check_finite(run, found, "a weight", i, saved)
-        return found
+        states = {name: part.state_dict() for name, part in parts.items()}
+        check_finite(run, states, "a weight", i, saved)
+        return states
 
-    found = None
+    point = None
     start = saved = run.load_checkpoint(parts, steps)
     saved_at, every = time.monotonic(), evaluate_every or -(-steps // 4)
     bar = tqdm(range(start, steps), run.folder.name, initial=start, total=steps,
@@ -79,16 +79,16 @@ def resumable(job: Job, run: Run, parts: dict, steps: int, step: Callable[[int],
             run.log({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         last = i + 1 == steps
         if evaluation and (last or (i + 1) % every == 0):
-            state(i)  # a model of NaN is not evaluated
-            found = evaluation()
-            # with --groups also the completions: --stage judge reads them
-            logged = found if job.cfg.groups else without_texts(found)
+            state(i)  # raises Diverged before a model with NaN is evaluated
+            point = evaluation()
+            # with --groups the completions are logged too, because --stage judge reads them
+            logged = point if job.cfg.groups else without_texts(point)
             check_finite(run, logged, "the evaluation", i, saved)
             run.log(dict(step=i, eval=logged))
         if last or time.monotonic() - saved_at >= job.cfg.save_secs:
             run.checkpoint(dict(step=i + 1) | state(i))
             saved, saved_at = i + 1, time.monotonic()
-    return found or evaluation and evaluation()  # killed after the last step: evaluate again
+    return point or evaluation and evaluation()  # killed after the last step: evaluate again
 
 
 def all_finite(state) -> bool:
@@ -104,7 +104,7 @@ def check_finite(run: Run, state, what: str, step: int, saved: int) -> None:
     if not all_finite(state):
         stage = run.about["stage"]
         last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
-        rate = SETTINGS_OF[stage][-1].replace("groups", "sft")  # chosen is an SFT
+        rate = SETTINGS_OF[stage][-1].replace("groups", "sft")  # chosen uses the rate of sft
         rate = "--ppo-lr or --ppo-value-lr" if rate == "ppo" else f"--{rate}-lr"
         raise Diverged(f"{stage}: {what} is not finite at step {step}; {last}; try a lower {rate}, "
                        "or --precision fp32")
@@ -115,12 +115,12 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         check=None, evaluation=None, unit="targets", more_parts=None) -> dict | None:
     """Minimise a loss over `steps` optimizer steps, resuming from the run's last checkpoint.
 
-    batches(step) -> (micro-batches, n): dicts of arrays, among them lengths (B,), and the number of
-    terms of the whole step, each a `unit`. loss_fn(model, micro_batch) -> (the SUM of the terms,
-    what to log: name -> (n,)). The sum over all micro-batches is divided by n once, so gradient
-    accumulation equals one large batch. check(row) may refuse the first row. more_parts: what a
-    checkpoint holds besides; batches(step) then depends on the model after step - 1. Returns the
-    last evaluation.
+    batches(step) -> (micro-batches, n). A micro-batch is a dict of arrays; one is lengths (B,). n
+    is the number of loss terms in the whole step, and `unit` names such a term. loss_fn(model,
+    micro_batch) -> (the SUM of its terms, what to log: name -> a value per term). The sum over all
+    micro-batches is divided by n once, so gradient accumulation equals one large batch. check(row)
+    may refuse the first row. more_parts: more objects for the checkpoint; batches(step) may then
+    depend on the model after step - 1. Returns the last evaluation.
     """
     cfg, device = job.cfg, job.device
     opt = make_optimizer(model, optimizer, lr, weight_decay)
@@ -128,16 +128,16 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
     body = getattr(model, "body", model)
     compiled = {name: torch.compile(getattr(body, name), dynamic=True)
                 for name in ("hidden", "score_block") if cfg.compile}
-    flops = 6 * sum(p.numel() for p in model.parameters())  # per token, matrices alone
+    flops = 6 * sum(p.numel() for p in model.parameters())  # per token, without attention scores
     peak, ready = matmul_rate(device, cfg.precision), {}
 
     def prepare(i: int) -> tuple[list[tuple[int, dict]], int, int]:
-        """This rank's micro-batches of step i on the device, each with its number; of the whole
-        step the numbers of terms and of tokens."""
+        """This rank's micro-batches of step i on the device, each with its number in the step; then
+        the number of terms and of tokens in the whole step."""
         micro_batches, n = batches(i)
         tokens = sum(int(m["lengths"].sum()) for m in micro_batches)
-        mine = ranks.share([*enumerate(micro_batches)])
-        return [(k, to_device(m, device)) for k, m in mine], n, tokens
+        share = ranks.share([*enumerate(micro_batches)])
+        return [(k, to_device(m, device)) for k, m in share], n, tokens
 
     def step(i: int) -> dict:
         began = time.perf_counter()
@@ -149,17 +149,17 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         vars(body).update(compiled)
         total, logs = torch.zeros((), device=device), []
         for k, micro_batch in micro_batches:  # gradient accumulation
-            torch.manual_seed(seed_of(cfg, run.about["stage"], i) + k)  # dropout
+            torch.manual_seed(seed_of(cfg, run.about["stage"], i) + k)  # for dropout
             with job.autocast():
                 loss, log = loss_fn(model, micro_batch)
             scaler.scale(loss / n).backward()
             total = total + loss.detach() / n
             logs.append(log)
         for name in compiled:
-            delattr(body, name)  # sampling is one token at a time, and would compile again
+            delattr(body, name)  # sampling has other shapes, and would compile again
         if i + 1 < steps and not more_parts:
             ready[i + 1] = prepare(i + 1)  # while the GPU works
-        if not micro_batches:  # there are fewer than ranks: gradients of 0
+        if not micro_batches:  # a rank without a micro-batch has gradients of 0
             scaler.scale(0 * sum(p.sum() for p in model.parameters())).backward()
         ranks.add_up([total, *(p.grad for p in model.parameters())])
         scaler.unscale_(opt)  # clip the gradient itself, not its scaled copy
@@ -167,7 +167,7 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
         *logs, totals = to_arrays([*logs, dict(loss=total, grad_norm=norm)])
         row = summary(ranks.together(logs)) | summary([totals])
         if scaler.is_enabled() and not math.isfinite(row["grad_norm"]):
-            row["grad_norm"] = None  # fp16: the scaler skips this step, and scales the next less
+            row["grad_norm"] = None  # fp16: the scaler skips this step and lowers its scale
         if i == 0 and check and math.isfinite(row["loss"]):
             check(row)
         scaler.step(opt)
@@ -178,10 +178,10 @@ def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, w
                       "mfu": flops * tokens / seconds / (peak * ranks.WORLD)}
 
     parts = dict(model=model, optimizer=opt, scaler=scaler) | (more_parts or {})
-    found = resumable(job, run, parts, steps, step,
+    point = resumable(job, run, parts, steps, step,
                       evaluation and (lambda: evaluation(model)), evaluate_every)
     model.eval()
-    return found
+    return point
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -201,14 +201,13 @@ def make_optimizer(model, name: str, lr: float, weight_decay: float) -> torch.op
 
 
 def split_picks(picks, accum: int = 1) -> list[np.ndarray]:
-    """A step's indices in a part per micro-batch, `accum` of them for each rank; no part is
-    empty."""
+    """A step's indices, divided into `accum` micro-batches per rank, or fewer: none is empty."""
     return np.array_split(picks, min(accum * ranks.WORLD, len(picks)))
 
 
 def to_device(micro_batch: dict, device: torch.device) -> dict:
-    """Its arrays as tensors on the device. Copies to a GPU start in pinned memory, and the CPU goes
-    on meanwhile."""
+    """The micro-batch's arrays as tensors on the device. Copies to a GPU start from pinned memory,
+    so that the CPU need not wait for them."""
     tensors = {name: torch.as_tensor(x) for name, x in micro_batch.items()}
     if device.type == "cuda":
         tensors = {name: x.pin_memory() for name, x in tensors.items()}
@@ -216,7 +215,7 @@ def to_device(micro_batch: dict, device: torch.device) -> dict:
 
 
 def to_arrays(logs: list[dict]) -> list[dict]:
-    """Each tensor as an array. All are copied at once, so that a CPU waits for its GPU once."""
+    """Each tensor as an array. All are copied at once, so that the CPU waits for the GPU once."""
     tensors = [x.float().flatten() for log in logs for x in log.values()]
     borders = np.cumsum([len(x) for x in tensors])
     parts = iter(np.split(torch.cat(tensors).cpu().numpy(), borders))
@@ -224,7 +223,7 @@ def to_arrays(logs: list[dict]) -> list[dict]:
 
 
 def summary(logs: list[dict]) -> dict[str, float]:
-    """Means over the step's terms, of all micro-batches, and the weight's quantiles."""
+    """The mean of each logged value over all terms of the step, and the quantiles of the weight."""
     values = {name: np.concatenate([log[name] for log in logs]) for name in logs[0]}
     out = {name: float(x.mean()) for name, x in values.items()}
     if "weight" in values:
@@ -236,17 +235,17 @@ def summary(logs: list[dict]) -> dict[str, float]:
 # ------------------------------------------------------------------------------ sft
 
 def lm_loss(model, micro_batch):
-    """Summed negative log-likelihood in nats of every real token but a row's first."""
+    """The negative log-likelihood in nats, summed over all real tokens except each row's first."""
     return -model.token_logps(micro_batch["idx"], micro_batch["mask"]).sum(), {}
 
 
 @torch.no_grad()
 def validation_loss(job: Job, model) -> float:
-    """Nats per token on 1,024 windows of reviews that SFT has not seen."""
+    """Nats per token on at most 1,024 windows of reviews that SFT has not seen."""
     tokens, nll = job.data.tokens["valid"], 0.0
     starts, lengths = tokens.windows(job.cfg.n_ctx)
-    some = np.random.default_rng(0).permutation(len(starts))[:1024]
-    starts, lengths = starts[some], lengths[some]
+    picks = np.random.default_rng(0).permutation(len(starts))[:1024]
+    starts, lengths = starts[picks], lengths[picks]
     model.eval()
     for part in length_buckets(torch.from_numpy(lengths), 64):
         idx, mask = data_imdb.lm_batch(tokens, starts[part], lengths[part])
@@ -256,11 +255,11 @@ def validation_loss(job: Job, model) -> float:
 
 
 def sft(job: Job, run: Run) -> None:
-    """Reviews -> π_ref, by the next-token loss on train and unsup."""
+    """Reviews -> π_ref, by the next-token loss on the splits train and unsup."""
     cfg, data, tokens = job.cfg, job.data, job.data.unlabelled()
-    dropped = [f"{k[4:]} {n}" for k, n in data.notes.items() if n]
-    print(f"  sft: {len(tokens):,} reviews of {tokens.offsets[-1]:,} tokens; duplicates left out: "
-          f"{', '.join(dropped) or 'none'}")
+    dropped = [f"{n:,} of {k[4:]}" for k, n in data.notes.items() if n]
+    print(f"  sft: {len(tokens):,} reviews with {tokens.offsets[-1]:,} tokens in all; left out as "
+          f"duplicates: {', '.join(dropped) or 'none'}")
     torch.manual_seed(seed_of(cfg, "sft", "weights"))
     model = job.pretrained(cfg.init, cfg.dropout) if cfg.init else GPT(GPTConfig(
         data.enc.n_vocab, cfg.n_ctx, cfg.n_layer, cfg.n_head, cfg.n_embd,
@@ -280,7 +279,7 @@ def report_sft(job: Job) -> None:
 
 def chosen(job: Job, run: Run) -> None:
     """Section 4 · without an SFT model, π_ref maximises the likelihood of the chosen completions.
-    One pass: more would learn a small file by heart."""
+    There is one pass only, because more passes would memorise a small file."""
     cfg, groups, (train, _) = job.cfg, job.groups, job.split
     model = job.pretrained(cfg.init, cfg.dropout) if cfg.init else job.policy("sft", cfg.dropout)
     best = groups.rewards.argmax(1)
@@ -336,11 +335,11 @@ def report_reward(job: Job) -> None:
 
 # ------------------------------------------------------------------------------ groups
 
-CHUNK = 2048  # completions that share a seed, and that a killed run does not draw again
+CHUNK = 2048  # completions from one seed; a checkpoint may follow each chunk
 
 
 class Completions(list):
-    """Lists of token ids, for a checkpoint: one flat tensor, which is fast to save."""
+    """Lists of token ids. A checkpoint holds them as one flat tensor, which is fast to save."""
 
     def state_dict(self) -> dict:
         return dict(ids=torch.tensor([i for ids in self for i in ids], dtype=torch.int32),
@@ -370,7 +369,7 @@ def sequence_logps(model: GPT, idx, prompt_lens, lengths) -> torch.Tensor:
 
 @torch.no_grad()
 def score(job: Job, model: GPT, prompts, completions) -> torch.Tensor:
-    """log π(y|x) of each completion, (N,) on the CPU, by the same path as in training."""
+    """log π(y|x) of each completion, (N,) on the CPU, computed as in training."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
     out = torch.empty(len(prompts))
     for part in length_buckets(lengths, max(1, job.batch_size(model) // 8)):
@@ -381,12 +380,12 @@ def score(job: Job, model: GPT, prompts, completions) -> torch.Tensor:
 
 
 def groups(job: Job, run: Run) -> None:
-    """π_ref's completions, judged by r*; their reference log-probs; π_ref as an evaluated point.
+    """Samples π_ref, computes r* and log π_ref of the samples, evaluates π_ref and the optimum.
 
-    A preference file (--groups) has its own completions: then there is no r* and no optimum.
+    A preference file (--groups) has its own completions. Then there is no r* and no optimum.
     """
     cfg, data, reference = job.cfg, job.data, job.load_reference()
-    optimum, valid = [], []
+    optimum, valid, redrawn = [], [], 0
     if cfg.groups:
         groups, notes = job.groups, job.groups.dropped
         held = dict.fromkeys(tuple(groups.prompt_ids[i]) for i in job.split[1])
@@ -409,12 +408,14 @@ def groups(job: Job, run: Run) -> None:
         notes = groups.dropped | {"evaluation prompts drawn again": redrawn}
         optimum = jackknife_optimum(rewards[n:].view(len(held_out), -1))
         for point in optimum:
-            del point["rewards"], point["kls"]  # of each prompt
-    print(f"  groups: {len(groups.rewards):,} prompts of {groups.K} completions; left out or drawn "
-          f"again: {', '.join(f'{k} {n}' for k, n in notes.items() if n) or 'none'}")
+            del point["rewards"], point["kls"]  # one value per prompt, not needed later
+    left_out = [f"{n:,} ({reason})" for reason, n in groups.dropped.items() if n]
+    print(f"  groups: {len(groups.rewards):,} prompts with {groups.K} completions each; left out: "
+          f"{', '.join(left_out) or 'none'}" + bool(redrawn) *
+          f"; {redrawn:,} test prompts also occurred in training and were drawn again")
     ref_logps = score(job, reference, *groups.flat(range(len(groups.rewards))))
     point = job.evaluate(reference, reference, held_out)
-    del point["seconds"]  # made again, the file is the same
+    del point["seconds"]  # so that the file is the same when it is made again
     save_json(run.path("reference.json"), dict(point=point, optimum=optimum, prompts=held_out,
                                                notes=notes, valid=valid))
     write_whole(run.path("groups.jsonl"), lambda f: data_imdb.write_groups(f, groups, data.enc))
@@ -424,13 +425,16 @@ def groups(job: Job, run: Run) -> None:
 # ------------------------------------------------------------------------------ dpo
 
 def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train: list[int]):
-    """batches(step) for `fit`: dpo_batch groups per step, pass after pass, each reshuffled.
+    """batches(step) for `fit`: dpo_batch groups per step; each pass has all groups in a new order.
 
-    Every completion stands in a micro-batch once, however many pairs it is in (Appendix B).
+    A micro-batch holds each completion once, however many pairs it is in (Appendix B).
     """
     name = f"dpo {cfg.run_seed}" if cfg.run_seed else "dpo"
-    generator = torch.Generator().manual_seed(seed_of(cfg, name, "labels"))  # once, as data are
+    generator = torch.Generator().manual_seed(seed_of(cfg, name, "labels"))  # once for all passes
     uniforms = torch.rand(len(groups.rewards), math.comb(groups.K, 2), generator=generator)
+    # [group, w, l]: one draw per pair, so that every pass has the same flipped pairs
+    flips = torch.rand(len(groups.rewards), groups.K, groups.K,
+                       generator=generator) < cfg.label_noise
 
     @functools.lru_cache(4)
     def epoch(number: int) -> np.ndarray:
@@ -440,6 +444,9 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
         idx, prompt_lens, lengths = pad_rows(*groups.flat(picks))  # (G*K, T), (G*K,), (G*K,)
         rewards = torch.from_numpy(groups.rewards[picks])
         yw_idxs, yl_idxs, p = dpo.label_pairs(rewards, cfg.labels, cfg.label_scale, uniforms[picks])
+        flipped = flips[picks].flatten(0, 1)[yw_idxs, yl_idxs % groups.K]  # (N,)
+        yw_idxs, yl_idxs = (torch.where(flipped, yl_idxs, yw_idxs),
+                            torch.where(flipped, yw_idxs, yl_idxs))
         return dict(idx=idx, prompt_lens=prompt_lens, lengths=lengths, rewards=rewards, p=p,
                     ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
 
@@ -454,8 +461,8 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
 
 
 def preference_loss(cfg: Settings):
-    """loss_fn for `fit`: Eq. 7, or what the settings name in its place, on one micro-batch."""
-    # the losses without a weight push satisfied pairs as hard as others: logged as constant
+    """loss_fn for `fit`: Eq. 7 on one micro-batch, or the loss that the settings name instead."""
+    # OTHER_LOSSES push all pairs equally, so their logged weight is constant
     weight = dpo.WEIGHTS["constant"] if cfg.loss in OTHER_LOSSES else \
         student.load_weight(cfg.weight, dpo.WEIGHTS)
 
@@ -480,8 +487,8 @@ def preference_loss(cfg: Settings):
             losses, rewards = dpo.dpo_loss(pi_logps, ref_logps, yw, yl, cfg.beta)
         else:
             losses, rewards = dpo.weighted_loss(pi_logps, ref_logps, yw, yl, cfg.beta, weight)
-        if not losses.requires_grad:  # of a student's dpo_loss, say
-            raise UserError("the losses have no gradient: they must be made of pi_logps")
+        if not losses.requires_grad:  # possible in a student's dpo_loss
+            raise UserError("the losses have no gradient: they must be computed from pi_logps")
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
         return losses.sum(), dict(
             accuracy=pairwise_accuracy(rewards[yw], rewards[yl]), margin=margin,
@@ -495,62 +502,63 @@ def starts_at_reference(cfg: Settings, K: int):
     """check for `fit`: at step 0 π_θ = π_ref, so every margin is 0 and the loss is known."""
     if cfg.loss == "reference-free":
         return None
-    # nats by which a log-prob differs where it is computed in batches of other shapes, or in half
-    # precision by compiled code, which rounds less often
+    # how much a log-prob may differ, in nats: a batch of another shape is rounded differently, and
+    # compiled code in half precision rounds less often
     nats = 0.005 if cfg.precision == "fp32" else 0.5 if cfg.compile else 0.2
     tolerance = max(1e-5, cfg.beta * nats)
 
     def check(row: dict) -> None:
         off = row["margin_abs"]
-        if cfg.loss == "plackett-luce":  # less where ties left a ranking shorter than K
+        if cfg.loss == "plackett-luce":  # smaller than log K! if ties made a ranking shorter
             off = max(off, row["loss"] - math.lgamma(K + 1))
         elif cfg.loss == "pairwise" and cfg.weight == "sigmoid":
             off = max(off, abs(row["loss"] - math.log(2)))
         if off > tolerance:
             raise UserError(
-                f"the first loss is {row['loss']:.4f} and its margins {row['margin_abs']:.4f} "
-                "in size, where π_θ = π_ref gives log 2 = 0.6931 (log K! for Plackett-Luce) and 0; "
-                "likely causes: dropout is on, the reference is another model, or "
-                "groups/ref_logps.pt is stale (delete the groups folder)")
+                f"the first loss is {row['loss']:.4f} with margins of {row['margin_abs']:.4f}, "
+                "wanted log 2 = 0.6931 (log K! for Plackett-Luce) and 0, because π_θ starts as "
+                f"π_ref; likely causes: {cfg.dpo_module and f'a mistake in {cfg.dpo_module}, '}"
+                "dropout is on, the reference is another model, or groups/ref_logps.pt is of "
+                "another reference (delete the groups folder)")
 
     return check
 
 
 def ranked(groups: data_imdb.Groups, train: list[int]) -> list[int]:
-    """The groups that Plackett-Luce can learn from: two completions or more that do not tie."""
+    """The groups that Plackett-Luce can learn from: two completions or more are without a tie."""
     _, tied = dpo.ranking_logps(torch.zeros(groups.rewards.shape), torch.from_numpy(groups.rewards))
     kept = [i for i in train if (~tied[i]).sum() >= 2]
-    print(f"  dpo: {int(tied[train].sum())} tied completions leave their rankings, "
+    print(f"  dpo: {int(tied[train].sum())} tied completions are left out of their rankings, "
           f"{len(train) - len(kept)} of {len(train)} groups are skipped")
     if not kept:
-        raise UserError("no group has two completions that no other ties with: nothing to rank; "
-                        "leave --loss plackett-luce out")
+        raise UserError("each group has fewer than two completions without a tie: there is nothing "
+                        "to rank; leave --loss plackett-luce out")
     return kept
 
 
-HELD_OUT = 128  # held-out groups that an evaluation looks at
+HELD_OUT = 128  # the number of held-out groups that an evaluation scores, at most
 
 
 def dpo_stage(job: Job, run: Run, fresh_groups=None) -> None:
-    """Groups -> π_θ by Eq. 7, from π_ref, whose log-probs were computed once.
+    """Groups -> π_θ by Eq. 7. π_θ starts as π_ref, whose log-probs stage groups has computed.
 
-    fresh_groups(job, policy, batches) gives online DPO the batches to use in place of `batches`.
+    Online DPO gives fresh_groups(job, policy, batches), which returns batches to use instead.
     """
     cfg, groups, ref_logps, (train, held) = job.cfg, job.groups, job.ref_logps, job.split
     train = train[: cfg.train_prompts or None]
-    policy, some = job.load_reference(), np.array(held[:HELD_OUT])
-    # No training step needs π_ref. It is kept where it takes less than a twentieth of the memory;
-    # elsewhere each evaluation reads it again.
+    policy, held = job.load_reference(), np.array(held[:HELD_OUT])
+    # No training step needs π_ref. It is kept if it takes less than a twentieth of the memory; if
+    # not, each evaluation reads it again.
     size = 4 * sum(p.numel() for p in policy.parameters())
     kept = job.load_reference() if size < job.memory() / 20 else None
 
     def evaluation(policy) -> dict:
         point = evaluate_policy(job, policy, kept or job.load_reference())
-        logps = score(job, policy, *groups.flat(some))
-        return point | held_out_measures(logps, ref_logps[some].flatten(),
-                                         torch.from_numpy(groups.rewards[some]))
+        logps = score(job, policy, *groups.flat(held))
+        return point | held_out_measures(logps, ref_logps[held].flatten(),
+                                         torch.from_numpy(groups.rewards[held]))
 
-    with student.own_code(dpo, cfg.dpo_module):  # π_ref and the groups are made without it
+    with student.own_code(dpo, cfg.dpo_module):  # not for π_ref and the groups
         if cfg.loss == "plackett-luce":
             train = ranked(groups, train)
         stored = preference_batches(cfg, groups, ref_logps, train)
@@ -581,7 +589,7 @@ def without_texts(point: dict) -> dict:
 
 
 def finish_method(job: Job, run: Run, policy: GPT, point: dict) -> None:
-    """samples.txt, result.json (the last point), then the model, which marks the run finished."""
+    """Writes samples.txt, result.json (the last point), and model.pt, which marks it finished."""
     write_samples(job, run, point)
     save_json(run.path("result.json"), without_texts(point))
     job.save_policy(run, policy)
@@ -591,11 +599,11 @@ def finish_method(job: Job, run: Run, policy: GPT, point: dict) -> None:
 
 class Stage(NamedTuple):
     make: Callable[[Job, Run], None]
-    parents: Callable[[Settings], list[str]]  # the stages it reads; UserError where it cannot run
+    parents: Callable[[Settings], list[str]]  # the stages it reads; UserError if it cannot run
     final: str = "model.pt"  # its last file, which marks it finished
-    report: Callable[[Job], None] | None = None
-    compares: Callable[[Job], dict[str, str]] | None = None  # makes runs; folder name -> hash
-    check: Callable[[Job], None] | None = None  # of what a user gave, before its parents are made
+    report: Callable[[Job], None] | None = None  # prints its result
+    compares: Callable[[Job], dict[str, str]] | None = None  # makes other runs: name -> hash
+    check: Callable[[Job], None] | None = None  # checks a user's input before parents are made
 
 
 def needs(wrong: bool, message: str, parents: list[str]) -> list[str]:
@@ -630,9 +638,9 @@ def is_made(job: Job, stage: str) -> bool:
 
 
 def build(job: Job, stage: str, is_parent: bool = False) -> str:
-    """Make a stage and, before it, the parents that are not there; the hash of its last file.
+    """Make a stage, and its missing parents before it. Returns the hash of its files.
 
-    A run's identity is its settings and its parents' hashes. A parent just made is reported.
+    A run's identity is its settings and its parents' hashes. A parent that is made now is reported.
     """
     cfg, folder, spec = job.cfg, job.folder(stage), STAGES[stage]
     if folder in job.hashes:
@@ -652,12 +660,17 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
         with run:
             try:
                 spec.make(job, run)
+            except student.CodeError as error:
+                if not run.path("resume.pt").exists():
+                    raise
+                raise UserError(f"{error}, after you delete {folder}: its checkpoint was made by "
+                                "the code before the correction") from error
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                raise UserError(f"{stage} does not fit the memory: give a smaller model or "
-                                "--max-new-tokens, to sft and dpo a higher --sft-accum and "
-                                "--dpo-accum, to a frontier --jobs 1") from None
+                raise UserError(f"{stage} does not fit into the memory: give a smaller model or "
+                                "--max-new-tokens; for sft a higher --sft-accum, for dpo a higher "
+                                "--dpo-accum, for a frontier --jobs 1") from None
         print(f"{stage}: done in {time.perf_counter() - began:.1f} s", flush=True)
         if is_parent and spec.report:
             spec.report(job)
@@ -666,7 +679,7 @@ def build(job: Job, stage: str, is_parent: bool = False) -> str:
 
 
 def unfinished(job: Job, stage: str) -> set[str]:
-    """The stages that are still to be made: this one, and those that it stands on."""
+    """The unfinished stages: this one and all that it needs, unless they are finished."""
     parents = set().union(*(unfinished(job, parent) for parent in STAGES[stage].parents(job.cfg)))
     return parents if is_made(job, stage) else parents | {stage}
 
@@ -675,14 +688,14 @@ def main(argv=None) -> None:
     began = time.perf_counter()
     stage, preset, reason, cfg = parse(argv, torch.cuda.is_available())
     if ranks.WORLD > 1 and stage not in PARALLEL:
-        raise UserError(f"--stage {stage} is one process (a frontier takes all GPUs by itself): "
-                        "start it without torchrun")
+        raise UserError(f"--stage {stage} runs in one process (a frontier uses all GPUs by itself):"
+                        " start it without torchrun")
     job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
     ranks.start(job.device.type == "cuda")
     print(f"preset {preset} ({reason}); stage {stage}", flush=True)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    student.load_weight(cfg.weight, dpo.WEIGHTS)  # what a user gave is read before hours of work
+    student.load_weight(cfg.weight, dpo.WEIGHTS)  # a user's input is checked before hours of work
     if cfg.dpo_module:
         student.own_functions(dpo, cfg.dpo_module)
     with ranks.rank_0_first():

@@ -1,17 +1,17 @@
-"""Exercise 04 · The policy that Eq. 3 asks for, on four responses, and the reward it hides.
+"""Exercise 04 · The optimal policy of Eq. 3, on four responses, and the reward behind a policy.
 
 Equation: max_π E r(x,y) - β KL(π‖π_ref);  π_r = π_ref exp(r/β) / Z;  r = β log π_r/π_ref + β log Z
 Kind:     WRITE (Eqs. 3, 4, 5)
-Time:     25 minutes
-Machine:  one CPU core; the checks take 2 s
-Check:    python -m pytest exercises/test_ex04.py -x --seed STUDENT_NUMBER
+Time:     25 minutes (an estimate)
+Machine:  one CPU core; the checks take 7 CPU seconds
+Check:    python -m pytest exercises/test_ex04.py -x --tb=short --seed STUDENT_NUMBER
 
-With four responses to a prompt everything can be written down. Eq. 4 tilts the reference towards
-reward; Eq. 5 reads it backwards: the policy says what reward it is the answer to. For text, Z
-sums over every possible response and cannot be had. In a difference of two rewards it cancels, and
-that is how Eq. 7 comes about.
+With four responses to a prompt, everything can be computed. Eq. 4 raises the reference's
+probability of responses with a high reward. Eq. 5 is Eq. 4 solved for r: it gives the reward for
+which a policy is optimal. For text, Z is a sum over every possible response and cannot be computed.
+In the difference of two rewards it cancels. That step leads to Eq. 7.
 
-P prompts, K responses to each. Everything in logs.
+P prompts, K responses to each. All probabilities are logs.
 """
 
 from torch import Tensor

@@ -1,16 +1,17 @@
-"""Exercise 07 · Four completions of a prompt, six pairs.
+"""Exercise 07 · Four completions of a prompt give six pairs.
 
 Equation: {(y_w, y_l) : r*(x,y_w) > r*(x,y_l)}, all of them within each prompt (App. C.1)
 Kind:     WRITE
-Time:     20 minutes
-Machine:  one CPU core; the checks take 2 s
-Check:    python -m pytest exercises/test_ex07.py -x --seed STUDENT_NUMBER
+Time:     20 minutes (an estimate)
+Machine:  one CPU core; the checks take 7 CPU seconds
+Check:    python -m pytest exercises/test_ex07.py -x --tb=short --seed STUDENT_NUMBER
 
-The slow version is below; write it without a loop. Four completions have six unordered pairs, and
-the reward orders each. Completions of different prompts are never compared: Z(x) would no longer
-cancel. A tie has no winner; it is left out and counted.
+The function below makes the pairs with loops; write the same without a loop. Four completions have
+six unordered pairs, and the reward orders each. Completions of different prompts are never
+compared, because Z(x) would not cancel. Two equal rewards are a tie: it has no winner, so that pair
+is left out and counted.
 
-G groups, one a prompt; K completions in each; N pairs.
+G groups, one per prompt; K completions in each; N pairs.
 """
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 def pairs_in_loops(rewards: list[list[float]]) -> tuple[list[tuple[int, int]], int]:
     """The specification: rewards, G lists of K -> [(winner, loser), ...] and the number of ties.
 
-    The indices run through all G*K completions: completion k of group g is g*K + k.
+    The indices count all G*K completions: completion k of group g has index g*K + k.
     """
     pairs, ties, K = [], 0, len(rewards[0])
     for g, group in enumerate(rewards):
@@ -35,5 +36,5 @@ def pairs_in_loops(rewards: list[list[float]]) -> tuple[list[tuple[int, int]], i
 
 
 def preference_pairs(rewards: Tensor) -> tuple[Tensor, Tensor, int]:
-    """rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), ties. In any order of the pairs."""
+    """rewards (G, K) -> yw_idxs (N,), yl_idxs (N,), ties; the pairs in any order."""
     raise NotImplementedError("exercise 07: write the pairs")

@@ -1,34 +1,35 @@
-"""Exercise 08 · Order the frontier's points by β before you draw it.
+"""Exercise 08 · Order the points of the frontier by β, before you draw it.
 
 Equation: max_π E r(x,y) - β KL(π‖π_ref)  (Eq. 3; Section 6.1, Figure 2 left)
 Kind:     PREDICT and SWEEP
-Time:     15 minutes
-Machine:  two CPU cores, 2 minutes of training: the runs share one reference and its pairs
-Check:    python -m pytest exercises/test_ex08.py --seed STUDENT_NUMBER
+Time:     15 minutes (an estimate)
+Machine:  two CPU cores; four runs, each one minute on idle cores, 90 CPU seconds
+Check:    python -m pytest exercises/test_ex08.py --tb=short --seed STUDENT_NUMBER
 
-The knob is β. In this order:
+Only β differs between the runs, and they share one reference and its pairs. In this order:
 1. Commit PREDICTION: the BETAS in the order of their KL(π ‖ π_ref) after training.
-2. Run them, then draw:
+2. Train them, then draw:
        python train.py --preset toy --stage dpo --beta 0.25
        python train.py --preset toy --stage dpo --beta 0.5
        python train.py --preset toy --stage dpo --beta 1
        python train.py --preset toy --stage dpo --beta 2
        python exercises/ex08_order_the_frontier.py
-3. Write EXPLANATION. Leave a wrong prediction as it is: what counts is the reason that you give.
+3. Write EXPLANATION. Leave a wrong prediction as it is: the marks are for the reason that you give.
 """
 
 import json
 from pathlib import Path
 
 BETAS = (0.25, 0.5, 1.0, 2.0)
-QUESTION = "which way does β move a point along the frontier, and why is the loss steeper at first?"
+QUESTION = "what does a larger β do to KL and reward, and why does a nat of KL buy less reward " \
+           "further from π_ref?"
 
 PREDICTION = None  # the BETAS in a list, from the least KL to the most
 EXPLANATION = None  # two sentences: QUESTION
 
 
 def measured(runs: Path) -> dict[float, dict]:
-    """β -> result.json, of the runs of BETAS that differ from the preset in nothing else."""
+    """β -> result.json, of the runs that differ from the preset in β alone."""
     points = {}
     for beta in BETAS:
         for folder in (runs / f"dpo-beta{beta}", runs / "dpo"):  # the preset's own β has no suffix
@@ -40,14 +41,14 @@ def measured(runs: Path) -> dict[float, dict]:
 
 
 def draw(points: dict[float, dict], path: Path) -> None:
-    """Reward against KL, a point a β, with standard errors."""
+    """Reward against KL, a point per β, with standard errors."""
     from matplotlib.figure import Figure  # without pyplot: files, never windows
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for beta, p in points.items():
         axes.errorbar(p["kl"], p["reward"], p["reward_se"], p["kl_se"], "o", label=f"β = {beta:g}")
-    axes.set(xlabel="KL(π ‖ π_ref), nats a completion", ylabel="mean true reward r*")
+    axes.set(xlabel="KL(π ‖ π_ref), nats per completion", ylabel="mean true reward r*")
     axes.legend()
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
@@ -59,7 +60,7 @@ def main() -> None:
     if PREDICTION is None:
         raise SystemExit("exercise 08: PREDICTION is None: commit the order first")
     if missing := [beta for beta in BETAS if beta not in points]:
-        raise SystemExit(f"exercise 08: not trained: --beta {', '.join(map(str, missing))}")
+        raise SystemExit(f"exercise 08: not trained yet: --beta {', '.join(map(str, missing))}")
     draw(points, runs / "ex08.png")
     print(f"the figure: {runs / 'ex08.png'}")
 

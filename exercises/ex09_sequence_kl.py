@@ -1,15 +1,15 @@
-"""Exercise 09 · How far the policy went: sequence KL, sampled and exact.
+"""Exercise 09 · The KL of sequences: how far a policy is from its reference, sampled and exact.
 
 Equation: KL(π‖π_ref) = E_{y~π} Σ_t KL(π(·|x,y_<t)‖π_ref(·|x,y_<t)) = E_{y~π} log π(y|x)/π_ref(y|x)
 Kind:     WRITE (the x-axis of Figure 2; Section 6.1 sums the KL of each step)
-Time:     30 minutes
-Machine:  one CPU core; the checks take 2 s
-Check:    python -m pytest exercises/test_ex09.py -x --seed STUDENT_NUMBER
+Time:     30 minutes (an estimate)
+Machine:  one CPU core; the checks take 7 CPU seconds
+Check:    python -m pytest exercises/test_ex09.py -x --tb=short --seed STUDENT_NUMBER
 
-Two estimates from one sample y ~ π have the same mean. "Exact" sums over the vocabulary at each
-step along y; "sampled" looks only at the token that was drawn. Near π_ref the first varies far
-less. A slow version of both is below; write it without a loop. Then estimate the KL of two models
-of your own, and show how the sampled one can be negative, which no KL is.
+Two estimates from one sample y ~ π have the same mean. The exact one sums over the vocabulary at
+each step along y; the sampled one uses only the token that was drawn. Near π_ref the exact one
+varies far less. Both are computed with loops below; write them without a loop. Then estimate the KL
+of two small models, and find a token on which the sampled estimate is negative, although no KL is.
 
 B sequences, T tokens, V vocabulary.
 """
@@ -41,8 +41,8 @@ def sequence_kl_in_loops(logp: Tensor, logq: Tensor, idx: Tensor, prompt_lens: T
 def sample(chain: Tensor, n: int, rng: torch.Generator, T: int = 6) -> tuple[Tensor, Tensor]:
     """n texts from a model that sees one token back: idx (n, T), lengths (n,).
 
-    chain (V, V): row i is the log-probs of what follows token i. The prompt is token 0, which also
-    ends a text. chain[idx] are the log-probs (n, T, V) along the texts.
+    chain (V, V): row i has the log-probs of the token after token i. The prompt is token 0, and
+    token 0 also ends a text. chain[idx] are the log-probs (n, T, V) along the texts.
     """
     idx = torch.zeros(n, T, dtype=torch.long)
     for t in range(1, T):
@@ -52,19 +52,25 @@ def sample(chain: Tensor, n: int, rng: torch.Generator, T: int = 6) -> tuple[Ten
 
 
 def kl_divergence(logp: Tensor, logq: Tensor, dim: int = -1) -> Tensor:
-    """KL(p ‖ q) over `dim`, in nats: (..., V), (..., V) -> (...)."""
+    """KL(p ‖ q) over `dim`, in nats: log p and log q (..., V) -> (...).
+
+    A token with p = 0, that is log p = -inf, adds 0.
+    """
     raise NotImplementedError("exercise 09: write kl_divergence")
 
 
 def sequence_kl(logp: Tensor, logq: Tensor, idx: Tensor, prompt_lens: Tensor,
                 lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """As sequence_kl_in_loops, and equal to it: exact (B,), sampled (B,)."""
+    """The same result as sequence_kl_in_loops: exact (B,), sampled (B,)."""
     raise NotImplementedError("exercise 09: write sequence_kl")
 
 
 def estimate(policy: Tensor, reference: Tensor, n: int,
              rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """KL(π ‖ π_ref) of two chains (V, V) from n texts: exact (n,), sampled (n,). Whose texts?"""
+    """KL(π ‖ π_ref) of two chains (V, V) from n texts: exact (n,), sampled (n,).
+
+    Which of the two models must the texts be sampled from?
+    """
     raise NotImplementedError("exercise 09: write estimate")
 
 

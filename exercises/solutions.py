@@ -1,24 +1,26 @@
-"""The reference solution: dpo.py's own functions, and what is made of them in a line or two.
+"""The reference solution: dpo.py's own functions, and short functions that call them.
 
-SOLUTIONS: {exercise: {name: function or constant}}. Of an explanation it shows the form alone.
+SOLUTIONS: {exercise: {name: function or constant}}. An explanation here only shows the form.
 """
 
+import math
 from types import SimpleNamespace
 
 import torch
 from ex08_order_the_frontier import BETAS
 from ex09_sequence_kl import sample
+from ex12_label_noise import RUNS
 
 import dpo
 import evaluate
 import gpt
 
 EXPLANATION = "These two sentences only show the form that the check asks for. Write your own, " \
-              "for a teacher reads them."
+              "because a teacher reads them."
 
 
 class Logits:
-    """Stands where a GPT is wanted: its hidden states are logits, and its head is the identity."""
+    """Takes the place of a GPT: its hidden states are logits, and its head is the identity."""
 
     score_block = staticmethod(gpt.GPT.score_block)
 
@@ -36,7 +38,7 @@ class Logits:
 
 def logits_to_token_logps(logits, idx):
     every = torch.ones_like(idx, dtype=torch.bool)
-    every[:, 0] = False  # nothing predicts it
+    every[:, 0] = False  # nothing predicts the first token
     return gpt.GPT.token_logps(Logits(logits), idx, every)
 
 
@@ -45,7 +47,7 @@ def at_step_0() -> float:
 
 
 def by_kl() -> list[float]:
-    """BETAS by the KL of Eq. 4's policy, in a world of eight responses."""
+    """BETAS in the order of the KL of Eq. 4's policy, on eight responses."""
     ref = torch.zeros(8, dtype=torch.float64).log_softmax(-1)
     r = torch.linspace(0, 1, 8, dtype=torch.float64)
     return sorted(BETAS, key=lambda beta: dpo.kl_divergence(dpo.optimal_policy(ref, r, beta), ref))
@@ -93,6 +95,18 @@ def training_bytes(params, trained, frozen, moments):
     return 4 * params * (trained * (2 + moments) + frozen)
 
 
+def best_margin(noise):
+    return math.log((1 - noise) / noise)
+
+
+def by_wrong_labels() -> list[str]:
+    """RUNS in the order of the share of labels that are wrong or, in cDPO, taken to be wrong."""
+    def share(name, eps=dpo.CDPO_EPS):
+        noise = 0.2 * name.startswith("noise")
+        return noise * (1 - eps) + (1 - noise) * eps if "cDPO" in name else noise
+    return sorted(RUNS, key=share, reverse=True)
+
+
 def named(*functions) -> dict:
     return {f.__name__: f for f in functions}
 
@@ -114,4 +128,5 @@ SOLUTIONS = {
     "10": named(pairs, policy_passes, frozen_passes, forwards_per_pair, models_in_memory,
                 training_bytes),
     "11": named(dpo.ranking_logps, dpo.plackett_luce_loss),
+    "12": named(best_margin) | dict(PREDICTION=by_wrong_labels(), EXPLANATION=EXPLANATION),
 }

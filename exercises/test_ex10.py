@@ -1,4 +1,4 @@
-"""Checks of exercise 10: the formulas against models that count, and tensors that are weighed."""
+"""Checks of exercise 10: the formulas against models that count, and against real tensors."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from ex10_account import METHODS
 
 
 class Counting:
-    """A model that writes down what is asked of it."""
+    """A model that logs each call."""
 
     def __init__(self, name: str, log: list):
         self.name, self.log = name, log
@@ -31,30 +31,30 @@ def policy_passes(impl, rng, method: str, hint: str) -> None:
     K, epochs = draw(rng)
     counts, said = Counter(run(method, K, epochs)), impl.policy_passes(method, K, epochs)
     wanted = counts["policy", "forward"], counts["policy", "backward"]
-    assert tuple(said) == wanted, f"{method}, K = {K}, {epochs} epochs: you say {tuple(said)} " \
-        f"forwards and backwards of the policy, it makes {wanted}: {hint}"
+    assert tuple(said) == wanted, f"{method}, K = {K}, {epochs} epochs: your formula gives " \
+        f"{tuple(said)} forwards and backwards of the policy, it makes {wanted}: {hint}"
 
 
 def test_pairs(impl, rng):
     K, _ = draw(rng)
     wanted = sum(i < j for i in range(K) for j in range(K))
-    assert impl.pairs(K) == wanted, f"K = {K}: you say {impl.pairs(K)} pairs, there are " \
-        f"{wanted}: the reward orders a pair, so it counts once"
+    assert impl.pairs(K) == wanted, f"K = {K}: your formula gives {impl.pairs(K)} pairs, " \
+        f"there are {wanted}: the reward orders a pair, so it counts once"
 
 
 def test_a_group_goes_once(impl, rng):
-    policy_passes(impl, rng, "dpo_by_group", "a completion goes forward once, however many pairs "
-                  "it is in")
+    policy_passes(impl, rng, "dpo_by_group", "a completion goes forward once per epoch, however "
+                  "many pairs it is in")
 
 
 def test_a_pair_goes_by_itself(impl, rng):
-    policy_passes(impl, rng, "dpo_by_pair", "each pair takes two passes, so a completion goes "
-                  "K - 1 times")
+    policy_passes(impl, rng, "dpo_by_pair", "each pair takes two passes, so a completion has "
+                  "K - 1 of them per epoch")
 
 
 def test_ppo_goes_before_it_updates(impl, rng):
-    policy_passes(impl, rng, "ppo", "the old log-probs and values take a forward before the first "
-                  "update")
+    policy_passes(impl, rng, "ppo", "the log-probs and values before the update take "
+                  "one more forward per completion")
 
 
 def test_the_frozen_models_go_forward(impl, rng):
@@ -62,17 +62,17 @@ def test_the_frozen_models_go_forward(impl, rng):
     for method in METHODS:
         counts, said = Counter(run(method, K, epochs)), impl.frozen_passes(method, K, epochs)
         wanted = counts["reference", "forward"], counts["reward", "forward"]
-        assert tuple(said) == wanted, f"{method}, K = {K}, {epochs} epochs: you say " \
-            f"{tuple(said)} forwards of π_ref and r_φ, it makes {wanted}: what is on disk is " \
-            "scored once, not once an epoch"
+        assert tuple(said) == wanted, f"{method}, K = {K}, {epochs} epochs: your formula " \
+            f"gives {tuple(said)} forwards of π_ref and r_φ, it makes {wanted}: dpo_by_group " \
+            "writes log π_ref to disk, so it is computed once, not once per epoch"
 
 
 def test_more_pairs_share_a_forward(impl, rng):
     K, _ = draw(rng)
     wanted = K / (K * (K - 1) // 2)
-    assert abs(impl.forwards_per_pair(K) - wanted) < 1e-9, f"K = {K}: you say " \
-        f"{impl.forwards_per_pair(K):g} forwards a pair, it is {wanted:g}: K forwards serve all " \
-        "pairs, so more completions make a pair cheaper"
+    assert abs(impl.forwards_per_pair(K) - wanted) < 1e-9, f"K = {K}: your formula gives " \
+        f"{impl.forwards_per_pair(K):g} forwards per pair, it is {wanted:g}: K forwards serve " \
+        "all pairs, so with more completions a pair costs less"
 
 
 def test_models_in_memory(impl):
@@ -82,8 +82,8 @@ def test_models_in_memory(impl):
         unloaded = {name for name, event in log if event == "unload"}
         wanted = len(trained), len({name for name, _ in log} - trained - unloaded)
         said = tuple(impl.models_in_memory(method))
-        assert said == wanted, f"{method}: you say {said} models trained and frozen, there are " \
-            f"{wanted}: PPO also holds π_ref and r_φ; DPO's π_ref can leave once it has scored"
+        assert said == wanted, f"{method}: you say {said} trained and frozen models, there are " \
+            f"{wanted}: PPO also holds π_ref and r_φ; dpo_by_group unloads π_ref once it has scored"
 
 
 def test_bytes(impl, rng):
@@ -98,5 +98,5 @@ def test_bytes(impl, rng):
         params = model.weight.numel()
         wanted, said = sum(4 * x.numel() for x in kept), impl.training_bytes(params, 1, 1, moments)
         assert said == wanted, f"{optimizer.__name__}, {params} parameters, one model trained, " \
-            f"one frozen: you say {said} bytes, there are {wanted}: a trained one has " \
-            "weights, a gradient and the optimizer's moments, a frozen one its weights alone"
+            f"one frozen: your formula gives {said} bytes, there are {wanted}: a trained model " \
+            "has weights, a gradient and the optimizer's moments, a frozen one has weights only"

@@ -1,4 +1,4 @@
-"""Checks of exercise 11: orders that sum to 1, and Eq. 7 at K = 2."""
+"""Checks of exercise 11: the orders sum to 1, and K = 2 gives Eq. 7."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ G, K, BETA = 5, 4, 0.3
 def test_all_orders_sum_to_1(impl, rng):
     orders = torch.tensor(list(itertools.permutations(range(K))))  # (K!, K)
     logp, _ = impl.ranking_logps(normal(rng, 1, K).expand(len(orders), K), orders)
-    near(logp.exp().sum(), 1.0, "the 4! orders must sum to 1: the sum under place k runs over "
-         "j ≥ k, itself included")
+    near(logp.exp().sum(), 1.0, "the probabilities of the 4! orders must sum to 1: the sum in "
+         "the denominator runs over j ≥ k, k itself included")
 
 
 def test_the_best_comes_first(impl, rng):
@@ -22,7 +22,7 @@ def test_the_best_comes_first(impl, rng):
     raised = scores + F.one_hot(rewards.argmax(1), K)
     before, after = (impl.ranking_logps(s, rewards)[0] for s in (scores, raised))
     assert (after > before).all(), \
-        "raising the best completion's score made the ranking less likely: best first"
+        "a higher score of the best completion made the ranking less likely: best first"
 
 
 def test_scores_may_be_large(impl, rng):
@@ -37,10 +37,10 @@ def test_tied_completions_leave(impl, rng):
     rewards[:, -1] = rewards[:, 0]
     logp, tied = impl.ranking_logps(scores, rewards)
     wanted, _ = impl.ranking_logps(scores[:, 1:-1], rewards[:, 1:-1])
-    near(logp, wanted, "completions of equal reward must leave the ranking: its log p must be that "
-         "of the others alone")
+    near(logp, wanted, "completions of equal reward must leave the ranking: log p must be that of "
+         "the others alone")
     assert tied[:, [0, -1]].all() and not tied[:, 1:-1].any(), \
-        "`tied` must be true at completions of equal reward and nowhere else"
+        "`tied` must be true for completions of equal reward and for no others"
 
 
 def test_the_reference_costs_log_of_K_factorial(impl, rng):
@@ -55,7 +55,7 @@ def test_two_completions_are_eq_7(impl, rng):
     h, first = (pi - ref).view(G, 2), rewards[:, 0] > rewards[:, 1]
     margin = (h[:, 0] - h[:, 1]) * torch.where(first, 1, -1)
     near(losses, -F.logsigmoid(BETA * margin), "with two completions it must be Eq. 7: is β in r̂?")
-    near(r_hat, BETA * (pi - ref), "the rewards are r̂ = β (log π_θ - log π_ref), one a completion")
+    near(r_hat, BETA * (pi - ref), "r̂ = β (log π_θ - log π_ref), one per completion")
 
 
 def test_groups_without_an_order_are_skipped(impl, rng):
@@ -65,6 +65,6 @@ def test_groups_without_an_order_are_skipped(impl, rng):
     rewards[2, 1:] = rewards[2, 1]  # 3 tied, one left: no order
     losses, _, counts = impl.plackett_luce_loss(pi, ref, rewards, BETA)
     same_shape(losses, (G - 2,), "a group with fewer than two completions left must be skipped: "
-               "a loss of 0 in its place would count in the mean")
-    assert counts == dict(tied=9, skipped=2), f"counts are {counts}: 9 completions are tied, 2 " \
-        "groups skipped"
+               "a loss of 0 for it would count in the mean")
+    assert counts == dict(tied=9, skipped=2), f"the counts are {counts}: 9 completions are tied, " \
+        "2 groups are skipped"

@@ -7,7 +7,7 @@ import experiments.judge
 import experiments.lessons
 import experiments.ood
 import experiments.variance
-import experiments.sweep  # noqa: F401  each import adds its stages, ppo and baselines through sweep
+import experiments.sweep  # noqa: F401  each import adds its stages; sweep imports the others
 from support.runs import main_exit
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What DPO is compared with besides PPO: a learned reward r_φ (Eq. 2), and Best-of-N.
+"""Baselines besides PPO: the learned reward model r_φ (Eq. 2), and Best-of-N sampling.
 
-Unlikelihood and Preferred-FT differ from DPO by their loss alone; train.py has them.
+Unlikelihood and Preferred-FT differ from DPO in their loss alone; they stand in train.py.
 
 P prompts, K samples per prompt, N pairs, or the N of Best-of-N.
 """
@@ -26,10 +26,10 @@ from train import (STAGES, Completions, Stage, fit, needs, parents_of_groups, sa
 def rm(job: Job, run: Run) -> None:
     """Groups -> r_φ by Eq. 2: π_ref's body with a scalar head.
 
-    Of the evaluated checkpoints the most accurate on held-out pairs is kept. Its accuracy, in
-    report.json, is a maximum over checkpoints and therefore a little high. Then the mean over the
-    groups' completions is set to 0. (The paper sets it to 0 for every prompt; a shift by f(x)
-    changes no preference and no optimum of Eq. 3.)
+    The checkpoint with the best accuracy on held-out pairs is kept. report.json holds this
+    accuracy. It is a maximum over checkpoints, and therefore a little too high. At the end r_φ is
+    shifted by a constant, so that its mean over the groups' completions is 0. (The paper makes the
+    mean 0 for every prompt. A shift by f(x) changes no preference and no optimum of Eq. 3.)
     """
     cfg, groups, (train, held), best = job.cfg, job.groups, job.split, run.path("best.pt")
     reference = job.load_reference()
@@ -40,28 +40,28 @@ def rm(job: Job, run: Run) -> None:
         scores, r = score_groups(job, model, held), torch.from_numpy(groups.rewards[held])
         yw, yl, _ = dpo.preference_pairs(r)
         accuracy = float(pairwise_accuracy(scores.flatten()[yw], scores.flatten()[yl]).mean())
-        found = dict(accuracy=accuracy, rank_correlation=rank_correlation(scores, r),
-                     sd=float(scores.std()))  # not finite where r_φ has diverged
+        measures = dict(accuracy=accuracy, rank_correlation=rank_correlation(scores, r),
+                        sd=float(scores.std()))  # not finite if r_φ has diverged
         if not best.exists() or accuracy > load_tensors(best)["accuracy"]:
-            save_tensors(best, found | dict(model=model.state_dict()))
-        return found
+            save_tensors(best, measures | dict(model=model.state_dict()))
+        return measures
 
     fit(job, run, model, pair_batches(job, steps), pair_loss, steps=cfg.rm_epochs * steps,
         lr=cfg.rm_lr, warmup=steps // 5, evaluate_every=max(1, steps // 2), evaluation=evaluation,
         unit="pairs")
     ranks.wait()  # for best.pt, which rank 0 writes
-    found = load_tensors(best)
-    model.load_state_dict(found.pop("model"))
+    measures = load_tensors(best)
+    model.load_state_dict(measures.pop("model"))
     scores = score_groups(job, model, range(len(groups.prompt_ids)))
     with torch.no_grad():
         model.score.bias -= scores.mean().to(job.device)
-    save_json(run.path("report.json"), found | dict(sd=float(scores.std())))
+    save_json(run.path("report.json"), measures | dict(sd=float(scores.std())))
     run.finish(model.checkpoint())
     best.unlink(missing_ok=True)
 
 
 def pair_batches(job: Job, steps: int):
-    """batches(step): rm_batch training groups per step; an epoch of `steps` has its own order."""
+    """batches(step) for `fit`: rm_batch training groups. Each epoch of `steps` has a new order."""
     cfg, groups = job.cfg, job.groups
 
     def batches(step: int):
@@ -94,9 +94,9 @@ def score_groups(job: Job, model: RewardModel, picks) -> torch.Tensor:
 
 def report_rm(job: Job) -> None:
     report = read_json(job.folder("rm") / "report.json")
-    print(f"r_φ: {report['accuracy']:.1%} of held-out pairs in order, rank correlation within a "
-          f"prompt {report['rank_correlation']:.3f}; mean 0, sd {report['sd']:.2f} over π_ref's "
-          "samples")
+    print(f"r_φ orders {report['accuracy']:.1%} of held-out pairs correctly; rank correlation "
+          f"within a prompt {report['rank_correlation']:.3f}; over π_ref's samples mean 0, "
+          f"standard deviation {report['sd']:.2f}")
 
 
 def learned_reward(job: Job) -> ModelReward:
@@ -107,18 +107,19 @@ def learned_reward(job: Job) -> ModelReward:
 
 # ------------------------------------------------------------------------------ Best-of-N
 
-KEPT = 32  # samples per prompt that are kept
+KEPT = 32  # completions per prompt that samples.pt keeps
 
 def best_of_n(job: Job, run: Run) -> None:
-    """K samples of π_ref per test prompt, scored by r* and r_φ: (P, K) each.
+    """Draw K samples of π_ref per test prompt and score them by r* and by r_φ.
 
-    samples.pt holds them as rewards and learned, and as completions the first KEPT of each prompt,
-    so that r̂ can score those later; samples.txt shows the best of these by r_φ. It also holds, as
-    valid, r* of optimum_samples per validation prompt: (validation prompts, optimum_samples).
+    samples.pt holds rewards (P, K): r*; learned (P, K): r_φ; completions: the first KEPT of each
+    prompt, which r̂ scores later; valid (validation prompts, optimum_samples): r* of π_ref's samples
+    for the validation prompts. samples.txt shows, for each prompt, the best by r_φ of the first
+    KEPT.
     """
-    K, cfg, known = job.cfg.best_of, job.cfg, job.reference_eval
-    prompts = [p for p in known["prompts"] for _ in range(K)]
-    valid = [p for p in known["valid"] for _ in range(cfg.optimum_samples)]
+    K, cfg, reference_eval = job.cfg.best_of, job.cfg, job.reference_eval
+    prompts = [p for p in reference_eval["prompts"] for _ in range(K)]
+    valid = [p for p in reference_eval["valid"] for _ in range(cfg.optimum_samples)]
     samples = sample_all(job, run, job.load_reference(), prompts + valid, "best-of-n")
     rewards = job.reward(prompts + valid, samples)
     rewards, valid = rewards[: len(prompts)].view(-1, K), rewards[len(prompts) :]
@@ -134,10 +135,10 @@ def best_of_n(job: Job, run: Run) -> None:
 
 
 def expected_best(scores, rewards, N: int):
-    """E[r of the best of N by `scores`], over all choices of N of a prompt's K samples.
+    """The expected reward of Best-of-N by `scores`: its mean over all choices of N of K samples.
 
-    scores, rewards (P, K) -> (P,). In order of score, sample k (from 0) is the best of N drawn
-    without replacement with probability C(k, N - 1) / C(K, N). So every sample is used.
+    scores, rewards (P, K) -> (P,). Number the samples by score from 0, the lowest. Of N samples
+    drawn without replacement, sample k is the best with probability C(k, N - 1) / C(K, N).
     """
     K, order = scores.size(1), scores.argsort(dim=1, stable=True)
     weights = torch.tensor([math.comb(k, N - 1) / math.comb(K, N) for k in range(K)])
@@ -145,13 +146,13 @@ def expected_best(scores, rewards, N: int):
 
 
 def best_of_kl(N: int) -> float:
-    """log N - (N - 1) / N: KL of Best-of-N to π_ref in nats if no two samples tie, else a bound."""
+    """log N - (N - 1) / N: the KL of Best-of-N to π_ref in nats. With ties it is an upper bound."""
     return math.log(N) - (N - 1) / N
 
 
 def report_best_of_n(job: Job) -> None:
     state = load_tensors(job.folder("best-of-n") / "samples.pt")
-    print("Best-of-N: KL at most, mean r* of the best by r*, and by r_φ")
+    print("Best-of-N: an upper bound on its KL; mean r* of the sample chosen by r*, and by r_φ")
     for N in (n for n in (1, 4, 16, 64) if n <= job.cfg.best_of):
         best, learned = (float(expected_best(state[key], state["rewards"], N).mean())
                          for key in ("rewards", "learned"))
@@ -161,13 +162,15 @@ def report_best_of_n(job: Job) -> None:
 # ------------------------------------------------------------------------------ the stages
 
 def needs_true_reward(cfg: Settings, stage: str, *parents: str) -> list[str]:
-    return needs(bool(cfg.groups), f"--stage {stage} needs r*, and a preference file has none: "
+    return needs(bool(cfg.groups), f"--stage {stage} needs r*, but a preference file has none: "
                  "leave --groups out", ["groups", *parents, *parents_of_groups(cfg)])
 
 
 def all_groups(cfg: Settings, stage: str, parents: list[str]) -> list[str]:
-    return needs(cfg.train_prompts > 0, f"--train-prompts is for --stage dpo alone, and --stage "
-                 f"{stage} would use all groups beside: leave it out", parents)
+    needs(cfg.label_noise > 0, "--label-noise works only with --stage dpo; the other losses of "
+          f"--stage {stage} learn from true labels: leave --label-noise out", [])
+    return needs(cfg.train_prompts > 0, "--train-prompts works only with --stage dpo; --stage "
+                 f"{stage} uses all groups: leave --train-prompts out", parents)
 
 
 STAGES["rm"] = Stage(rm, lambda cfg: ["groups", *parents_of_groups(cfg)], report=report_rm)

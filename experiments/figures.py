@@ -1,31 +1,33 @@
-"""All figures but Figure 2 and the training curves, and the table beside them.
+"""All figures except Figure 2 and DPO's training curves. `draw_all` also writes the table.
 
-    python -m experiments.figures out/toy/frontier    what its frontier.jsonl allows, and table.md
+    python -m experiments.figures out/toy/frontier    every figure of frontier.jsonl, and table.md
 
-Needs numpy and matplotlib alone. `degeneration` and `inspection` draw what lessons.py measures.
+Needs numpy and matplotlib alone. `degeneration`, `overoptimisation` and `inspection` draw what
+lessons.py measures.
 """
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
-# before the slow imports: Ctrl-C meanwhile is then one sentence
-from support.runs import main_exit, write_whole
+# before the slow imports: Ctrl-C during them then prints one sentence
+from support.runs import main_exit, read_json, write_whole
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.table import table, table_text
-from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_methods, plot_optimum,
-                           plot_points, reliable_optimum, save_figure, seed_means, series,
-                           weight_panel)
-from support.points import read_points, setting_value
+from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_methods, plot_points,
+                           plot_steps, reliable_optimum, reward_against_kl, run_title, save_curves,
+                           save_figure, seed_means, series, weight_panel)
+from support.points import read_curves, read_points, setting_value
 
 
 def draw_all(path: Path) -> list[Path]:
-    """Every figure that a frontier.jsonl, or the one in a folder, allows: their paths.
+    """Draw every figure that a frontier.jsonl, or the one in a folder, allows -> their paths.
 
-    Prints the table too, and writes it to table.md. All files lie beside the frontier.jsonl.
+    Also prints the table and writes it to table.md. All files are put beside the frontier.jsonl.
     """
     points = read_points(path)
     folder = path if path.is_dir() else path.parent
@@ -42,7 +44,7 @@ def draw_all(path: Path) -> list[Path]:
 # ------------------------------------------------------------------------------ of the frontier
 
 def temperature(points: list[dict]) -> Figure | None:
-    """Win rate against π_ref's samples over the policy's temperature; None if that is always 1."""
+    """Win rate against π_ref's samples over the policy's temperature. None if that is always 1."""
     curves = {}
     for p in sorted(points, key=lambda p: p["temperature"]):
         if p["win"] is not None and p["method"] in STYLES:
@@ -53,104 +55,182 @@ def temperature(points: list[dict]) -> Figure | None:
     for (method, setting, *_), curve in curves.items():
         label, colour, marker, line = STYLES[method]
         at, win = np.array([(p["temperature"], p["win"]) for p in curve]).T
-        ax.errorbar(at, win, np.sqrt(win * (1 - win) / len(curve[0]["rewards"])), color=colour,
-                    marker=marker, ls=line, capsize=3, label=label + f", {setting}" * bool(setting))
-    ax.axhline(0.5, color="grey", lw=1)
+        error = np.sqrt(win * (1 - win) / len(curve[0]["rewards"]))
+        if method == "sft":
+            error[at == 1] = 0  # equal policies: 1/2 by construction, not measured
+        ax.errorbar(at, win, error, color=colour, marker=marker, ls=line, capsize=3,
+                    label=label + f", {setting}" * bool(setting))
+    ax.axhline(0.5, color="grey", lw=1, label="as good as π_ref at temperature 1")
+    ax.axvline(1, color="grey", lw=1, ls=":", label="temperature 1")
     ax.set(xlabel="sampling temperature of the policy",
-           ylabel="share of prompts won against π_ref, by r*")
-    return finish(figure, points, "π_ref's samples, on the same prompts, have temperature 1; a tie "
-                  "counts as half a win. Bars: ± 1 standard error of a share.") if curves else None
+           xticks=sorted({p["temperature"] for curve in curves.values() for p in curve}),
+           ylabel="share of prompts won against π_ref, by r*",
+           title="Do the policies still win at other sampling temperatures?")
+    return finish(figure, sum(curves.values(), []), "π_ref's samples, on the same prompts, always "
+                  "have temperature 1; a tie counts as half a win. Bars: ± 1 standard error of a "
+                  "share; π_ref against itself is 1/2 by construction.") if curves else None
 
 
 def online(points: list[dict]) -> Figure | None:
-    """DPO on the stored groups beside DPO on fresh ones, by r* and by its own r̂. None without
-    these."""
+    """DPO on the stored groups, and online DPO with labels by r* and by its own r̂. None without an
+    online run."""
     shown = {m: series(points, m) for m in ("dpo", "dpo-online", "dpo-self", "sft")}
     shown = {m: mine for m, mine in shown.items() if mine}
     if not shown.keys() & {"dpo-online", "dpo-self"}:
         return None
     figure = Figure(figsize=(10.5, 6), layout="constrained")
-    plot_methods(figure.subplots(), points, shown)
-    return finish(figure, points, "Equal numbers of updates. Light: every point, ± 1 standard "
-                  "error; lines: upper envelopes of the means over seeds.")
+    ax = figure.subplots()
+    plot_methods(ax, points, shown)
+    ax.set_title("Do fresh preferences, on the policy's own samples, help DPO?")
+    return finish(figure, sum(shown.values(), []), "All runs have equal numbers of updates; an "
+                  "online run spends its first third on the stored pairs, as DPO does. Faint: "
+                  "every evaluation, ± 1 standard error. Lines: the best mixtures of a method's "
+                  "policies, means over seeds.")
 
 
 def dial(points: list[dict]) -> Figure | None:
-    """Where DPO ends with each kind of label, and the optimum that soft and sampled ones have.
+    """The last points of DPO on each kind of label, and the optimum for soft and sampled labels.
 
-    s scales the rewards in a label's probability: s/β alone sets that optimum. None without such
-    labels.
+    s scales the rewards in a label's probability, Eq. 1. This optimum depends on s/β alone. None
+    without soft or sampled labels.
     """
     keys, figure = ("kl", "reward", "kl_se", "reward_se"), Figure((10.5, 6), layout="constrained")
+    shown = {m: [p for p in series(points, m) if " rate=" not in p["setting"]]  # the chosen rate
+             for m in ("dpo", "dpo-sampled", "dpo-soft")}
     ends = {m: [dict(zip(keys, run[-1]), value=setting_value(setting))
-                for setting, run in seed_means(series(points, m), *keys).items()
-                if " rate=" not in setting]  # at the chosen rate alone
-            for m in ("dpo", "dpo-sampled", "dpo-soft") if series(points, m)}
+                for setting, run in seed_means(mine, *keys).items()]
+            for m, mine in shown.items() if mine}
     every = sum(ends.values(), [])
     asked = {p["value"] for m, mine in ends.items() if m != "dpo" for p in mine}
     if not asked:
         return None
     ax = figure.subplots()
-    rings = {setting_value(p["setting"]): p for p in reliable_optimum(points)}
-    limit = plot_optimum(ax, points, every)
+    optimum = reliable_optimum(points)
+    rings = {v: p for p in optimum if (v := setting_value(p["setting"])) in asked}
+    if best := [p for p in optimum if p["kl"] > min(x["kl"] for x in every) / 3]:
+        ax.plot(*([p[key] for p in best] for key in ("kl", "reward")), "k-", lw=3,
+                label="optimum, Eq. 4")
+
+    def label(p, text, colour, shift, **style):
+        ax.annotate(text, (p["kl"], p["reward"]), shift, textcoords="offset points", fontsize=9,
+                    color=colour, bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8), **style)
+
     for method, mine in ends.items():
-        label, colour, _, _ = STYLES[method]
-        shift = {"dpo": (8, 5), "dpo-soft": (-17, -13)}.get(method, (8, -13))
-        plot_points(ax, mine, method, ms=7, label=label + ", hard labels" * (method == "dpo"))
+        name, colour, _, _ = STYLES[method]
+        plot_points(ax, mine, method, ms=7, label=name + " on hard labels" * (method == "dpo"))
         for p in mine:
-            if p["kl"] <= limit:
-                ax.annotate("β = " * (method == "dpo") + f"{p['value']:g}", (p["kl"], p["reward"]),
-                            shift, textcoords="offset points", fontsize=9, color=colour,
-                            bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
-            if method != "dpo" and (ring := rings.get(p["value"])):
+            if method == "dpo":
+                label(p, f"β = {p['value']:g}", colour, (8, -13))
+            elif ring := rings.get(p["value"]):
                 ax.plot(*zip(*((x["kl"], x["reward"]) for x in (p, ring))), lw=0.9, color=colour)
-    at = [(p["kl"], p["reward"]) for value, p in rings.items() if value in asked]
-    ax.plot(*np.reshape(at, (-1, 2)).T, "ko", mfc="none", ms=12, label="the optimum at that s/β")
-    lost, far = sorted(asked - {*rings}), sum(p["kl"] > limit for p in every)
-    return finish(figure, points, "Last points, means over seeds, ± 1 standard error of one run. "
-                  "Numbers: s/β, and β where labels are hard." + " No ring at "
-                  f"{', '.join(f'{x:g}' for x in lost)}: the optimum is not reliable." * bool(lost)
-                  + f" Past KL {limit:g} and not shown: {far}." * bool(far))
+            else:
+                label(p, f"s/β = {p['value']:g}", colour, (8, 5))
+    for value, p in rings.items():
+        label(p, f"s/β = {value:g}", "k", (-8, 8), ha="right")
+    ax.plot(*np.reshape([(p["kl"], p["reward"]) for p in rings.values()], (-1, 2)).T, "ko",
+            mfc="none", ms=12, label="the optimum at that s/β")
+    ax.margins(x=0.12)
+    ax.set(xscale="log", xlabel=KL, ylabel=REWARD,
+           title="Each line joins the end of training to the optimum of its labels")
+    lost = ", ".join(f"{x:g}" for x in sorted(asked - {*rings}))
+    return finish(figure, sum(shown.values(), []), "Last evaluations, means over seeds, ± 1 "
+                  "standard error of one run. s scales r* in a label's probability; hard labels "
+                  "have no such optimum." + f" No ring at s/β {lost}: the optimum is not reliable "
+                  "there." * bool(lost))
 
 
 # ------------------------------------------------------------------------------ of the lessons
 
-def degeneration(rows: list[dict], path: Path) -> None:
-    """Eight panels over the steps of DPO, of the same loss with constant weight, and of the same
-    without π_ref, to `path`.
+LOSSES = {"sigmoid": ("DPO", "C0", "-"), "constant": ("w = 1", "C3", "--"),
+          "reference-free": ("no π_ref", "C2", "-.")}  # label, colour, line
 
-    rows: dicts of weight, step and what the panels show; None where there is no such measure.
+
+def loss_label(name: str) -> str:
+    """The label of a loss of the ablation. For a weight FILE.py:f it is "w = f"."""
+    return LOSSES[name][0] if name in LOSSES else f"w = {name.rpartition(':')[2]}"
+
+
+def times_dpo(rows: list[dict], name: str, key: str) -> str:
+    """A loss's last value over DPO's, smallest and largest of the seeds: "90 to 216"."""
+    last = {(row["weight"], row.get("seed", 0)): row[key] for row in rows}
+    ratios = [x / last["sigmoid", seed] for (weight, seed), x in last.items() if weight == name]
+    return " to ".join(dict.fromkeys(f"{x:,.{int(x < 10)}f}" for x in (min(ratios), max(ratios))))
+
+
+def degeneration(rows: list[dict], texts: list[str], path: Path) -> None:
+    """Draw to `path` four panels over the steps, with one line per loss and seed. Below them stand
+    one prompt and one completion per loss.
+
+    rows: dicts of weight, seed, step and measures; a measure that does not exist is None. texts:
+    the prompt and the completions, each after its label.
     """
-    panels = [("kl", KL, "symlog"), ("ref_ppl", "perplexity under π_ref", "log"),
-              ("logp_chosen", "log π(y_w), nats per completion", "linear"),
-              ("logp_rejected", "log π(y_l), nats per completion", "linear"),
-              ("repetition", "repeated trigrams, share", "linear"),
-              ("eos", "completions that end, share", "linear"),
-              ("grammatical", "grammatical sentences, share", "linear"),
-              ("reward", "mean true reward r*", "linear")]
-    weights = [look for look in (("sigmoid", "o-C0", "DPO: w = σ(-m)"),
-                                 ("constant", "s--C3", "w = 1"),
-                                 ("reference-free", "^-.C2", "no π_ref in the loss"))
-               if look[0] in {row["weight"] for row in rows}]
-    figure = Figure(figsize=(14, 6.8), layout="constrained")
-    for ax, (key, label, axis) in zip(figure.subplots(2, 4).flat, panels):
-        for weight, style, name in weights:
-            points = [r for r in rows if r["weight"] == weight and r[key] is not None]
-            ax.plot([r["step"] for r in points], [r[key] for r in points], style, ms=4, label=name)
-        if not any(r[key] is not None for r in rows):
-            ax.text(0.5, 0.5, "not defined on this corpus", ha="center", transform=ax.transAxes)
-        ax.set(xlabel="step", ylabel=label, yscale=axis)
-        if axis == "linear" and key not in ("logp_chosen", "logp_rejected"):
-            ax.set_ylim(-0.03, 1.03)
+    panels = {"ref_ppl": ("Perplexity of the samples", "under π_ref, per token"),
+              "grammatical": ("Grammatical sentences", "share"),
+              "logp_chosen": ("Log-prob of chosen completions", "log π(y_w), nats per completion"),
+              "reward": ("True reward of the samples", REWARD),
+              "repetition": ("Repeated trigrams", "share"), "eos": ("Samples that end", "share")}
+    names = list(dict.fromkeys(row["weight"] for row in rows))
+    looks = {loss_label(name): LOSSES.get(name, ("", "C1", ":"))[1:] for name in names}
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    *axes, strip = figure.subplot_mosaic("abcd;tttt", height_ratios=(3, 1)).values()
+    for ax, key in zip(axes, (key for key in panels if rows[0][key] is not None)):
+        runs = {}
+        for row in rows:
+            run = loss_label(row["weight"]), row.get("seed", 0)
+            runs.setdefault(run, []).append((row["step"], row[key]))
+        for (label, _), points in runs.items():
+            colour, line = looks[label]
+            ax.plot(*zip(*points), color=colour, ls=line, lw=1.2, marker="o", ms=2.5, label=label)
+        title, ylabel = panels[key]
+        ax.set(title=title, xlabel="step", ylabel=ylabel)
         ax.grid(alpha=0.25)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    axes[0].set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    one_each = dict(zip(labels, handles))
+    axes[0].legend(one_each.values(), one_each.keys())
+    strip.axis("off")
+    at, texts = 1.0, [textwrap.wrap(text, 200, max_lines=2, placeholder=" …") for text in texts]
+    for lines in texts:
+        colour, _ = looks.get(lines[0].partition(":")[0], ("k", ""))
+        strip.text(0, at, "\n".join(lines), color=colour, va="top", fontsize=9, parse_math=False)
+        at -= len(lines) / sum(map(len, texts))
+    seeds = len({row.get("seed", 0) for row in rows})
+    figure.suptitle(
+        f"Without DPO's weight (w = 1) the same loss ends at {times_dpo(rows, 'constant', 'kl')} "
+        f"times DPO's KL and {times_dpo(rows, 'constant', 'ref_ppl')} times its perplexity "
+        f"({seeds} seed{'s' * (seeds > 1)})", fontsize=14)
     save_figure(figure, path, dpi=120)
 
 
+PPO_LOGGED = "reward kl beta explained_variance clip_fraction".split()
+
+
+def ppo_curves(folder: Path, reference_json: Path) -> Path:
+    """Draw folder/curves.png of a PPO run, like plot_frontier.training_curves for DPO."""
+    steps, evals, optimum = read_curves(folder, reference_json, PPO_LOGGED)
+    config = read_json(folder / "config.json")
+    stage, settings = config["about"]["stage"], config["settings"]
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    axes = figure.subplot_mosaic([["way", "reward", "kl"], ["way", "shares", "beta"]])
+    title = run_title(stage, settings) + ": " + reward_against_kl(axes["way"], evals, optimum)
+    score = "r_φ" if stage == "ppo" else "r*"
+    plot_steps(axes["reward"], steps, f"Reward that PPO maximises, {score}", f"mean {score}",
+               [("reward", "rollouts", "C0-")])
+    plot_steps(axes["kl"], steps, "KL of the rollouts", KL, [("kl", "rollouts", "C0-")])
+    if target := settings["ppo_target"]:
+        axes["kl"].axhline(target, color="grey", ls=":", label="target")
+    plot_steps(axes["beta"], steps, "β of Eq. 3", "units of reward per nat",
+               [("beta", "β", "C0-")])
+    plot_steps(axes["shares"], steps, "At the end", "share (of variance, of tokens)", [
+        ("explained_variance", "explained variance", "C0-"),
+        ("clip_fraction", "clipped", "C3--")])
+    return save_curves(figure, folder, title)
+
+
 def overoptimisation(rows: list[dict], optimum: list[dict], path: Path) -> None:
-    """True and implicit reward over the steps, and true reward over KL, of DPO on fewer and more
-    preferences, to `path`. optimum: points of Eq. 4's."""
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    """Draw to `path`, for DPO on few and on many preferences: true and implicit reward over the
+    steps, and true reward over KL. optimum: points of Eq. 4's optimum."""
+    figure = Figure(figsize=(14, 5), layout="constrained")
     true, implicit, plane = figure.subplots(1, 3)
     for name, style in zip(dict.fromkeys(row["run"] for row in rows), ("o-C3", "s--C1", "^-.C0")):
         step, reward, error, r_hat, kl = np.array(
@@ -161,39 +241,48 @@ def overoptimisation(rows: list[dict], optimum: list[dict], path: Path) -> None:
         plane.plot(kl, reward, style, ms=4)
     if best := sorted((p["kl"], p["reward"]) for p in optimum if p["ess"] >= 3):
         plane.plot(*zip(*best), "k-", lw=2.5, label="optimum, Eq. 4", zorder=0)
-    true.set(title="what is wanted: r*", xlabel="step", ylabel=REWARD)
-    implicit.set(title="what is trained: r̂", xlabel="step", yscale="symlog",
+    true.set(title="what is wanted: true reward r*", xlabel="step", ylabel=REWARD)
+    implicit.set(title="what is trained: implicit reward r̂", xlabel="step",
                  ylabel="mean r̂ = β log π/π_ref of own samples")
-    plane.set(title="r* over KL", xlabel=KL, ylabel=REWARD, xscale="symlog", xlim=(0, None))
+    plane.set(title="what it costs: KL", xlabel=KL, ylabel=REWARD, xscale="symlog", xlim=(0, None))
+    plane.xaxis.set_major_formatter("{x:g}")
     for ax in (true, implicit, plane):
         ax.grid(alpha=0.25)
-    figure.legend(loc="outside upper center", ncols=4)
+    figure.suptitle("Over-optimisation: r̂, which is trained, can rise while r*, which is wanted, "
+                    "does not")
+    figure.legend(loc="outside lower center", ncols=4)
     save_figure(figure, path, dpi=120)
 
 
 def inspection(inspected: dict, metrics: list[dict], path: Path) -> None:
-    """To `path`: the weight over training, and of held-out pairs weight and margin over r*'s gap.
+    """Draw to `path` the weights over training, and weight and margin of held-out pairs over their
+    gap in r*.
 
     inspected: what inspect.json holds; metrics: the rows of the dpo run's metrics.jsonl.
     """
     pairs = inspected["pairs"]
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
     a, b, c = figure.subplots(1, 3)
     weight_panel(a, [r for r in metrics if "eval" not in r])
-    a.set(xlabel="step", title="training pairs")
-    for ax, key, label in ((b, "weight", "importance weight w"),
+    a.set(xlabel="step", ylabel="importance weight w(m)", title="training pairs")
+    for ax, key, label in ((b, "weight", "importance weight w(m)"),
                            (c, "margin", "implicit margin m = r̂(y_w) - r̂(y_l)")):
-        for wrong, style, name in ((False, "oC0", "in the order of r*"),
-                                   (True, "xC3", "in the wrong order")):
+        for wrong, style, name in ((False, "oC0", "right order, m > 0"),
+                                   (True, "xC3", "wrong order, m < 0")):
             some = [(p["reward_gap"], p[key]) for p in pairs if (p["margin"] < 0) == wrong]
             ax.plot(*np.reshape(some, (-1, 2)).T, style, ms=5, alpha=0.7, label=name)
         ax.set(xlabel="true reward gap r*(y_w) - r*(y_l)", ylabel=label)
+    for ax, level, text in ((a, 0.5, "1/2 = σ(0), as at π_ref"), (b, 0.5, "1/2 = σ(0)"),
+                            (c, 0, "m = 0, as at π_ref")):
+        ax.axhline(level, color="k", lw=1, ls=":", label=text)
     b.set_title(f"{len(pairs)} held-out pairs after {inspected['step']} steps")
     c.set_title("\n".join(
         f"{name}: accuracy {x['accuracy']:.3f}, rank correlation {x['rank_correlation']:.3f}"
         for name, x in (("r̂", inspected), ("r_φ", inspected.get("learned"))) if x), fontsize=10)
+    figure.suptitle("Section 4: w(m) = σ(-m) pushes pairs in the wrong order hardest, and leaves "
+                    "pairs well in order alone")
     for ax in (a, b, c):
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         ax.grid(alpha=0.25)
     save_figure(figure, path, dpi=120)
 

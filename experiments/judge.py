@@ -1,11 +1,11 @@
-"""Sections 6.2 and 6.3, Figure 3: other people's preferences, and win rates by a judge's verdict.
+"""Section 6.2, Figure 3: other people's preferences, and win rates by the verdicts of a judge.
 
     python train.py --stage judge --groups FILE                                      by r*
     python train.py --stage judge --groups FILE --judge URL --judge-model NAME       by that model
 
-Preferred-FT and DPO answer the file's held-out prompts at several temperatures; each answer is
-compared with the file's chosen one. A judge is asked in both orders, because models favour the
-first or the second answer.
+Preferred-FT and DPO answer the file's held-out prompts at several temperatures. Each answer is
+compared with the file's chosen answer. The judge sees each pair in both orders, because a language
+model may favour the answer that it reads first, or the one that it reads last.
 
 N comparisons of an answer a with an answer b to the same prompt.
 """
@@ -45,7 +45,7 @@ def make_judge(job: Job):
     """--judge as a function judge(prompts, a, b) -> verdicts (N,), disagree (N,) bool.
 
     prompts, a, b: N token lists each. A verdict is 1 where a is better, 0 where b is, and 1/2 for a
-    tie. The judge is asked in both orders; where they disagree the verdict is 1/2, too.
+    tie. Where the two orders give different verdicts, the verdict is 1/2 and disagree is true.
     """
     cfg, enc = job.cfg, job.data.enc
     if cfg.judge in ("r*", "r_phi"):
@@ -60,8 +60,8 @@ def make_judge(job: Job):
             return endpoint(*(texts(enc, x, [[]] * len(x)) for x in rows))
 
     def judge(prompts, a, b):
-        one, other = ask(prompts, a, b), 1 - ask(prompts, b, a)
-        return torch.where(one == other, one, 0.5), one != other
+        a_first, b_first = ask(prompts, a, b), 1 - ask(prompts, b, a)
+        return torch.where(a_first == b_first, a_first, 0.5), a_first != b_first
 
     return judge
 
@@ -92,29 +92,33 @@ OTHER = dict(title="The text", question="""\
 Two answers to a text are given below. Which one does better what the text asks for? Of two
 summaries the better one has the points that matter most, adds nothing wrong, and wastes no
 words.""")
-AT_ONCE = 8  # requests
-TIMEOUT = 60  # seconds of a request
+AT_ONCE = 8  # requests at the same time
+TIMEOUT = 60  # seconds per request
 WAITS = 0, 1, 4, 16, 64  # seconds before each attempt of a request
 
 
 class Endpoint:
-    """A language model behind an OpenAI-compatible URL: texts (prompts, a, b) -> (N,), a's verdicts
-    where a is shown first. Each goes at once to `cache`, so that no run pays for it again."""
+    """A language model behind an OpenAI-compatible URL: texts (prompts, a, b) -> verdicts (N,).
+
+    It shows answer a first. Each verdict is written to `cache` at once, so that no later run pays
+    for it again.
+    """
 
     def __init__(self, url: str, model: str, cache: Path):
         self.url, self.model, self.cache = url.rstrip("/"), model, cache
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
-            raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
+            raise UserError("OPENAI_API_KEY holds a character that is not printable ASCII, so it "
+                            "is no key: set it again")
         self.lock, self.stopped, self.known = threading.Lock(), threading.Event(), {}
         with reading(cache):
             content = cache.read_bytes() if cache.exists() else b""
         for line in content.split(b"\n"):
-            with suppress(ValueError, LookupError, TypeError):  # torn
+            with suppress(ValueError, LookupError, TypeError):  # a line cut short by a kill
                 row = json.loads(line)
                 self.known[row["key"]] = row["verdict"]
         if content and not content.endswith(b"\n"):
-            self.append(b"\n")  # after a torn line
+            self.append(b"\n")  # end the line that was cut short
 
     def append(self, line: bytes) -> None:
         with writing(self.cache):
@@ -132,13 +136,13 @@ class Endpoint:
                 for _ in tqdm(pool.map(self.ask, new, new.values()), "judge", total=len(new),
                               disable=not (new and sys.stderr.isatty())):
                     pass
-            except BaseException:  # Ctrl-C: no request is made again, and none of those that wait
+            except BaseException:  # Ctrl-C too: repeat no request, and start none that waits
                 self.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         verdicts = [self.known[key] for key in keys]
         if unclear := verdicts.count(None):
-            print(f"  {unclear} of {len(keys)} replies hold no verdict, and count as ties")
+            print(f"  {unclear} of {len(keys)} replies hold no verdict: they count as ties")
         return torch.tensor([0.5 if v is None else v for v in verdicts])
 
     def ask(self, key: str, message: str) -> None:
@@ -148,8 +152,10 @@ class Endpoint:
             self.known[key] = verdict
 
     def request(self, message: str) -> tuple[str, float | None]:
-        """The reply and its verdict: None where every reply is unclear. Asks again where the
-        endpoint is busy, slow or unclear."""
+        """The reply and its verdict, None if the last reply holds none.
+
+        The request is repeated if the endpoint is busy or slow, or if a reply holds no verdict.
+        """
         body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=message)])
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -159,42 +165,42 @@ class Endpoint:
         for wait in WAITS:
             if self.stopped.wait(wait):
                 raise UserError("stopped")
-            again, reply, content = True, None, b""
+            retry, reply, content = True, None, b""
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                     content = response.read()
                 reply = json.loads(content)["choices"][0]["message"]["content"]
                 return reply, verdict_of(reply)
             except urllib.error.HTTPError as error:
-                again = error.code == 429 or error.code >= 500
-                said = ""
+                retry = error.code == 429 or error.code >= 500
+                text = ""
                 with suppress(OSError, http.client.HTTPException):
-                    said = error.read(10_000).decode(errors="replace")
-                problem = f"answered {error.code} ({self.clean(f'{error.reason}: {said}')[:200]})"
+                    text = error.read(10_000).decode(errors="replace")
+                problem = f"answered {error.code} ({self.clean(f'{error.reason}: {text}')[:200]})"
             except urllib.error.URLError as error:
-                again = isinstance(error.reason, TimeoutError)
+                retry = isinstance(error.reason, TimeoutError)
                 problem = f"cannot be reached ({error.reason})"
             except (OSError, http.client.HTTPException) as error:
-                problem = f"broke off ({str(error) or type(error).__name__})"
+                problem = f"broke the connection ({str(error) or type(error).__name__})"
             except (ValueError, LookupError, TypeError, AttributeError):
-                problem = f"gave no answer ({self.clean(content)[-100:]!r})"
-            if not again:
+                problem = f"sent a reply that holds no answer ({self.clean(content)[-100:]!r})"
+            if not retry:
                 break
         if isinstance(reply, str):
             return reply, None
-        raise UserError(f"{self.url} {problem}{f', {len(WAITS)} times' * again}: check --judge, "
-                        "--judge-model and the environment variable OPENAI_API_KEY; the same "
-                        "command goes on where this one ended")
+        raise UserError(f"{self.url} {problem}{f', {len(WAITS)} times' * retry}: check --judge, "
+                        "--judge-model and the environment variable OPENAI_API_KEY, then run the "
+                        "same command again; no verdict is lost")
 
-    def clean(self, said) -> str:
-        """What the endpoint said, in one line and without the key."""
-        text = " ".join(str(said).split())
+    def clean(self, content) -> str:
+        """The endpoint's text in one line and without the key."""
+        text = " ".join(str(content).split())
         return text.replace(self.key, "the key") if self.key else text
 
 
 def verdict_of(reply: str) -> float:
-    """1 where the last line says A, 0 where it says B, 1/2 where it says tie. ValueError for others
-    and for more than one of them."""
+    """1 if the last line says A, 0 if it says B, 1/2 if it says tie. ValueError if it says none of
+    these, or more than one."""
     last = reply.strip().split("\n")[-1]
     found, = {x.lower() for x in re.findall(r"\b(?:A|B|[Tt]ie|TIE)\b", last)}
     return {"a": 1.0, "b": 0.0, "tie": 0.5}[found]
@@ -207,8 +213,9 @@ SFT, DPO = "Preferred-FT", "DPO"
 
 
 def judge_stage(job: Job, run: Run, n_texts: int = 24) -> None:
-    """Win rates against the file's chosen answers on its held-out prompts: over temperatures, and
-    at temperature 1 over the steps of DPO. judge.json, judge.png and judge.txt hold them."""
+    """Win rates against the chosen answers on the file's held-out prompts: at several temperatures,
+    and at temperature 1 over the steps of DPO. judge.json holds the win rates, judge.png draws
+    them, and judge.txt shows some of the answers."""
     cfg, prompts, groups = job.cfg, job.reference_eval["prompts"], job.groups
     best = groups.rewards.argmax(1)
     chosen_of = {tuple(groups.prompt_ids[i]): groups.completion_ids[i][best[i]]
@@ -217,21 +224,22 @@ def judge_stage(job: Job, run: Run, n_texts: int = 24) -> None:
     tuned = preferred_ft(job)
     policies = {SFT: tuned.policy("preferred-ft") if tuned else job.load_reference(),
                 DPO: job.policy("dpo")}
-    plan, found = [(name, t) for name in policies for t in TEMPERATURES], Completions()
+    plan, samples = [(name, t) for name in policies for t in TEMPERATURES], Completions()
 
-    def step(i: int) -> None:  # the uniforms are those of every evaluation
+    def step(i: int) -> None:  # every policy and temperature uses the same uniforms
         name, temperature = plan[i]
-        found.extend(job.sample(policies[name], prompts, seed_of(cfg, "evaluate"), temperature))
+        samples.extend(job.sample(policies[name], prompts, seed_of(cfg, "evaluate"), temperature))
 
-    resumable(job, run, dict(completions=found), len(plan), step)
+    resumable(job, run, dict(completions=samples), len(plan), step)
 
-    def point(completions, **what) -> dict:
+    def point(completions, **keys) -> dict:
         verdicts, disagree = judge(prompts, completions, chosen)
-        return what | dict(win=float(verdicts.mean()), win_se=standard_error(verdicts),
+        return keys | dict(win=float(verdicts.mean()), win_se=standard_error(verdicts),
                            disagree=float(disagree.double().mean()), wins=verdicts.tolist(),
                            distinct=len(set(map(tuple, completions))))
 
-    answers = {key: found[i * len(prompts) : (i + 1) * len(prompts)] for i, key in enumerate(plan)}
+    P = len(prompts)
+    answers = {key: samples[i * P : (i + 1) * P] for i, key in enumerate(plan)}
     points = [point(x, policy=name, temperature=t) for (name, t), x in answers.items()]
     steps = [point(job.reference_eval["point"]["completions"], step=0)]
     steps += [point(row["eval"]["completions"], step=row["step"] + 1)
@@ -245,12 +253,13 @@ def judge_stage(job: Job, run: Run, n_texts: int = 24) -> None:
 
 
 def preferred_ft(job: Job) -> Job | None:
-    """The job that trains Preferred-FT; None where that is π_ref, fine-tuned on the chosen ones."""
+    """The job that trains Preferred-FT. None without --reference: then π_ref is Preferred-FT."""
     return job.beside(replace(job.cfg, loss="preferred-ft")) if job.cfg.reference else None
 
 
 def samples_text(job: Job, prompts, chosen, answers, points) -> str:
-    """Some prompts with the file's answer, and both policies' at temperature 1 with verdicts."""
+    """For each prompt: the file's chosen answer, and both policies' answers at temperature 1 with
+    their verdicts."""
     wins, lines = {(p["policy"], p["temperature"]): p["wins"] for p in points}, []
     for i, prompt in enumerate(prompts):
         shown = {"prompt:": prompt, "chosen:": chosen[i]} | {
@@ -263,7 +272,7 @@ def samples_text(job: Job, prompts, chosen, answers, points) -> str:
 
 
 def win_rates(table: dict, path: Path) -> None:
-    """Figure 3 to `path`: win rates over the temperature, and over the steps of DPO."""
+    """Draw Figure 3 to `path`: win rates over the temperature, and over the steps of DPO."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
 
@@ -277,37 +286,39 @@ def win_rates(table: dict, path: Path) -> None:
         line(left, [p for p in table["points"] if p["policy"] == name], "temperature", method,
              label)
     line(right, table["steps"], "step", "dpo", "DPO at temperature 1; step 0 is π_ref")
-    left.set(xlabel="sampling temperature", ylabel="win rate against the chosen answers")
-    right.set(xlabel="steps of DPO")
+    left.set(xlabel="sampling temperature", ylabel="win rate against the chosen answers",
+             title="after training")
+    right.set(xlabel="steps of DPO", title="during training")
     for ax in (left, right):
         ax.axhline(0.5, color="grey", lw=1, label="as good as the chosen answers")
         ax.legend(fontsize=9)
         ax.grid(alpha=0.25)
-    figure.suptitle(caption(table), fontsize=11, parse_math=False)  # a model may have a $
+    figure.suptitle("Do the policies' answers beat the file's chosen ones?")
+    figure.supxlabel(caption(table), fontsize=9, parse_math=False)  # a model's name may hold a $
     save_figure(figure, path)
 
 
 def caption(table: dict) -> str:
-    """Who judged how many prompts, and how often both orders disagreed."""
+    """The judge, the number of prompts, and how often its two verdicts on a pair differed."""
     everything = [*table["points"], *table["steps"]]
     disagree = sum(p["disagree"] for p in everything) / len(everything)
     return (f"judged by {table['model'] or table['judge']} on {table['prompts']} held-out prompts, "
-            f"± one standard error; both orders disagree in {disagree:.1%}")
+            f"± one standard error; the two orders disagree in {disagree:.1%}")
 
 
 def report_judge(job: Job) -> None:
     folder = job.folder("judge")
     table = read_json(folder / "judge.json")
     steps = table["steps"]
-    some = [steps[i] for i in sorted({*np.linspace(0, len(steps) - 1, 5).round().astype(int)})]
+    five = [steps[i] for i in sorted({*np.linspace(0, len(steps) - 1, 5).round().astype(int)})]
     print("\nwin rate against the file's chosen answers\n" + caption(table))
     if all(set(p["wins"]) == {0.5} for p in table["points"]):
-        print("every comparison is a tie: this judge tells no two of these answers apart")
+        print("every comparison is a tie: this judge finds no difference between any two answers")
     print("\n" + f"{'temperature':<20}" + "".join(f"{t:>15g}" for t in TEMPERATURES))
     for name in (SFT, DPO):
         print(row_of(name, [p for p in table["points"] if p["policy"] == name]))
-    print("\n" + f"{'steps of DPO':<20}" + "".join(f"{p['step']:>15}" for p in some))
-    print(row_of("temperature 1", some) + "\n")
+    print("\n" + f"{'steps of DPO':<20}" + "".join(f"{p['step']:>15}" for p in five))
+    print(row_of("temperature 1", five) + "\n")
     print("\n".join(read_text(folder / "judge.txt").splitlines()[:10]))
     print(f"more answers: {folder / 'judge.txt'}\npicture:      {folder / 'judge.png'}")
 
@@ -325,25 +336,26 @@ def judge_parents(cfg: Settings) -> list[str]:
     needs(not cfg.groups, "--stage judge compares policies with the chosen answers of a preference "
           "file: give --groups FILE", [])
     needs(given and not re.fullmatch(rf"https?://{HOST}(/[\w./~%-]*)?", cfg.judge, re.ASCII),
-          "--judge must be r*, r_phi or the plain URL of an OpenAI-compatible endpoint, as "
-          "http://localhost:8000/v1; a key stands in the environment variable OPENAI_API_KEY", [])
-    needs(given and not cfg.judge_model, "a URL as --judge needs the name of the model there: give "
+          "--judge must be r*, r_phi or the URL of an OpenAI-compatible endpoint without a key, "
+          "for example http://localhost:8000/v1; put the key into the environment variable "
+          "OPENAI_API_KEY", [])
+    needs(given and not cfg.judge_model, "--judge is a URL, but no model there is named: give "
           "--judge-model NAME", [])
     needs(trained and cfg.reward_ctx < cfg.n_ctx, f"--reward-ctx {cfg.reward_ctx} cannot hold a "
-          f"prompt and an answer of {cfg.n_ctx} tokens: give --reward-ctx {cfg.n_ctx}", [])
+          f"prompt and an answer of {cfg.n_ctx} tokens together: give --reward-ctx {cfg.n_ctx}", [])
     return ["dpo", "groups", *parents_of_groups(cfg), *["rm"] * (cfg.judge == "r_phi"),
             *["reward"] * trained]
 
 
 def check_judge(job: Job) -> None:
-    """Load the judge that the user named, or ask it one small question."""
+    """Load siebert, or ask the endpoint one small question, before other stages are made."""
     if job.cfg.judge == "r*" and job.cfg.reward == "siebert":
         job.reward
     elif job.cfg.judge not in ("r*", "r_phi"):
         question = MESSAGE.format(**OTHER, prompt="What is two plus two?", a="Four.", b="Five.")
         endpoint = make_endpoint(job)
         reply, verdict = endpoint.request(question)
-        needs(verdict is None, f"{job.cfg.judge_model} ends its reply with no verdict "
+        needs(verdict is None, f"{job.cfg.judge_model} replied to a test question with no verdict "
               f"({endpoint.clean(reply)[-100:]!r}): give another --judge-model", [])
 
 

@@ -1,8 +1,8 @@
-"""Lessons on DPO's loss, each a stage: what its parts are for, and where it goes wrong.
+"""Three stages that show what the parts of DPO's loss do, and how DPO can fail.
 
-inspect shows the importance weights (Section 4's gradient) of a finished dpo run, pair by pair.
-degenerate compares DPO with the same run at a constant weight, and with one whose loss has no
-π_ref. overoptimisation compares runs on fewer and fewer preferences.
+inspect shows the importance weight (Section 4's gradient) of single pairs in a finished dpo run.
+degenerate compares DPO with the same runs at a constant weight, and with runs whose loss has no
+π_ref. overoptimisation compares runs on 60, on 600 and on all preference groups.
 """
 
 import json
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import dpo
-from evaluate import correlation, held_out_measures, rank_correlation
+from evaluate import (COLUMNS, correlation, held_out_measures, rank_correlation, read_samples,
+                      table)
 from experiments import figures
 from experiments.baselines import needs_true_reward
 from gpt import pad_rows
@@ -26,11 +27,12 @@ from train import (HELD_OUT, STAGES, Stage, build, is_made, parents_of_groups, s
 # ------------------------------------------------------------------------------ inspect
 
 def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
-    """Section 4 on held-out pairs of a finished dpo run: which pairs are pushed, and how hard.
+    """Section 4 on held-out pairs of a finished dpo run: which pairs the gradient pushes hardest.
 
-    inspect.json: a row per pair of the first n_groups (r̂, margin, weight, true reward gap,
-    gradient norms, cosine, norm of the weighted update), and over all held-out groups the implicit
-    reward's accuracy and correlations with r*. inspect.png and inspect.txt show them.
+    inspect.json holds a row per pair of the first n_groups: r̂, margin, weight, true reward gap,
+    gradient norms, cosine, norm of the weighted update. Over all held-out groups it holds the
+    accuracy of r̂ and its correlations with r*, and the shares of pairs that log π_θ and log π_ref
+    order as r* does. inspect.png and inspect.txt show them.
     """
     cfg, groups, policy = job.cfg, job.groups, job.policy("dpo")
     held = np.array(job.split[1])
@@ -41,7 +43,7 @@ def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
 
     few = r[:n_groups]
     yw_idxs, yl_idxs, _ = dpo.preference_pairs(few)
-    with job.autocast():  # one graph per completion: each backward pass crosses one sequence
+    with job.autocast():  # one graph per completion: a backward pass runs through one sequence
         one_by_one = [sequence_logps(policy, *(x.to(job.device) for x in pad_rows([x], [y])))[0]
                       for x, y in zip(prompts[: few.numel()], completions)]
     columns, _ = dpo.inspect_pairs(
@@ -52,7 +54,8 @@ def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
     rows = [dict(zip(columns, x)) for x in zip(*(c.tolist() for c in columns.values()))]
     table = dict(pairs=rows, step=cfg.dpo_steps, beta=cfg.beta, groups=len(held),
                  rank_correlation=rank_correlation(implicit, r),
-                 correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r))
+                 correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r),
+                 ref_logp_accuracy=held_out_measures(ref_logps, ref_logps, r)["logp_accuracy"])
     if is_made(job, "rm"):  # r_φ, if stage rm has run
         table["learned"] = read_json(job.folder("rm") / "report.json")
     text = inspection_text(job, rows, yw_idxs, yl_idxs, prompts, completions)
@@ -66,8 +69,9 @@ def inspection_text(job: Job, rows, yw_idxs, yl_idxs, prompts, completions, n: i
     """The n pairs with the largest and the smallest weights, with their texts."""
     enc, lines = job.data.enc, []
     order = sorted(range(len(rows)), key=lambda i: -rows[i]["weight"])
-    for title, chosen in (("largest weights: pairs in the wrong order, pushed hardest", order[:n]),
-                          ("smallest weights: pairs well in order, left alone", order[::-1][:n])):
+    for title, chosen in (
+            ("largest weights: pairs in the wrong order, which are pushed hardest", order[:n]),
+            ("smallest weights: pairs clearly in the right order, hardly pushed", order[::-1][:n])):
         lines += [title, ""]
         for i in chosen:
             lines.append("weight {weight:.3f}  margin {margin:+.2f}  true gap {reward_gap:.2f}  "
@@ -84,30 +88,37 @@ def report_inspect(job: Job) -> None:
     folder = job.folder("inspect")
     table = read_json(folder / "inspect.json")
     print("\n" + read_text(folder / "inspect.txt"))
-    print(f"is the language model a reward model? on {table['groups']} held-out prompts the "
-          f"implicit reward orders {table['accuracy']:.1%} of pairs as r* (or the file) does; rank "
-          f"correlation within a prompt {table['rank_correlation']:.3f}, linear "
-          f"{table['correlation']:.3f}")
+    print(f"Is the language model a reward model? On {table['groups']} held-out prompts r̂ orders "
+          f"{table['accuracy']:.1%} of pairs\nas r* (or the file) does. Correlation of r̂ with r* "
+          f"within a prompt: {table['rank_correlation']:.3f} (ranks), {table['correlation']:.3f} "
+          "(linear).")
+    print(f"Does DPO make π(y_w) > π(y_l)? log π_θ orders {table['logp_accuracy']:.1%} of these "
+          f"pairs as r* does, and\nlog π_ref {table['ref_logp_accuracy']:.1%}. Eq. 7 makes the "
+          "ratio π_θ/π_ref larger for y_w than for y_l, not π_θ itself.")
     if learned := table.get("learned"):
-        print(f"r_φ, the reward model of stage rm: {learned['accuracy']:.1%}, "
-              f"{learned['rank_correlation']:.3f}")
+        print(f"r_φ, the reward model of stage rm, orders {learned['accuracy']:.1%}; its rank "
+              f"correlation is {learned['rank_correlation']:.3f}")
     print(f"picture: {folder / 'inspect.png'}")
 
 
 # ------------------------------------------------------------------------------ degenerate
 
-# a rate that does not decay, with which a few hundred steps show the difference
+# the learning rate does not decay, so that a few hundred steps show the difference
 ABLATION = dict(dpo_optimizer="adamw", dpo_schedule="constant", dpo_steps=300,
-                dpo_warmup=0, eval_every=50, loss="pairwise")
+                dpo_warmup=0, eval_every=50, loss="pairwise", labels="hard")
+SEEDS = 3  # runs per loss: a seed sets the order of the batches
 
 
 def loss_ablation(cfg: Settings) -> dict[str, Settings]:
-    """DPO, and the same with a constant weight, and without π_ref: equal start, data, seed and
-    optimizer."""
+    """DPO; the same with a constant weight; the same without π_ref; and, if --weight names a third
+    weight, the same with it. All have the same start, data, optimizer and seeds."""
     lr = 1e-3 if cfg.corpus == "toy" else cfg.dpo_lr
     dpo_run = replace(cfg, weight="sigmoid", dpo_lr=lr, **ABLATION)
-    return {"sigmoid": dpo_run, "constant": replace(dpo_run, weight="constant"),
-            "reference-free": replace(dpo_run, loss="reference-free")}
+    losses = {"sigmoid": dpo_run, "constant": replace(dpo_run, weight="constant"),
+              "reference-free": replace(dpo_run, loss="reference-free")}
+    losses.setdefault(cfg.weight, replace(dpo_run, weight=cfg.weight))
+    return {f"{name} {seed}": replace(loss, run_seed=seed) for name, loss in losses.items()
+            for seed in range(cfg.run_seed, cfg.run_seed + SEEDS)}
 
 
 def make_dpo_runs(job: Job, runs: dict[str, Settings]) -> dict[str, str]:
@@ -116,7 +127,7 @@ def make_dpo_runs(job: Job, runs: dict[str, Settings]) -> dict[str, str]:
 
 
 def dpo_points(job: Job, cfg: Settings) -> list[dict]:
-    """A finished dpo run's points, π_ref's at step 0 first."""
+    """The points of a finished dpo run. The first one is π_ref, at step 0."""
     some = np.array(job.split[1][:HELD_OUT])
     ref_logps = job.ref_logps[some].flatten()
     start = held_out_measures(ref_logps, ref_logps, torch.from_numpy(job.groups.rewards[some]))
@@ -130,44 +141,53 @@ SHOWN = ("step", "kl", "ref_ppl", "logp_chosen", "logp_rejected", "repetition", 
 
 
 def degenerate(job: Job, run: Run) -> None:
-    """The runs' points over the steps: degenerate.json, degenerate.png and degenerate.txt."""
-    rows, samples, lines = [], [], []
+    """degenerate.json holds the points of all runs, degenerate.png draws them, and degenerate.txt
+    shows samples of the first seed."""
+    rows, samples = [], {}
     for name, cfg in loss_ablation(job.cfg).items():
-        rows += [dict(weight=name, **{key: p[key] for key in SHOWN}) for p in dpo_points(job, cfg)]
-        samples.append(read_text(job.beside(cfg).folder("dpo") / "samples.txt").split("\n\n"))
-    for sigmoid, *others in zip(*samples):
-        lines += sigmoid.splitlines()
-        for name, text in zip(("w = 1:", "no π_ref:"), others):
-            lines += [x.replace("after:", name, 1) for x in text.splitlines()[-1:]]
-        lines.append("")
-    write_whole(run.path("degenerate.txt"), lambda file: file.write("\n".join(lines).encode()))
-    figures.degeneration(rows, run.path("degenerate.png"))
+        name = name.rpartition(" ")[0]
+        rows += [dict(weight=name, seed=cfg.run_seed, **{key: p[key] for key in SHOWN})
+                 for p in dpo_points(job, cfg)]
+        samples.setdefault(name, read_samples(job.beside(cfg).folder("dpo")))
+    blocks = []
+    for lines in zip(*samples.values()):
+        prompt, before, _ = lines[0]
+        blocks.append([prompt, before.replace("before:", "π_ref: ", 1), *(
+            after.replace("after:  ", f"{figures.loss_label(name) + ':':<8}", 1)
+            for name, (*_, after) in zip(samples, lines))])
+    text = "\n\n".join("\n".join(block) for block in blocks)
+    write_whole(run.path("degenerate.txt"), lambda file: file.write(text.encode()))
+    figures.degeneration(rows, blocks[0], run.path("degenerate.png"))
     run.finish(json.dumps(rows).encode())
 
 
 def report_degenerate(job: Job) -> None:
     folder = job.folder("degenerate")
-    rows, last = read_json(folder / "degenerate.json"), []
-    for weight, name in (("sigmoid", "DPO, w = σ(-m)"), ("constant", "the same with w = 1"),
-                         ("reference-free", "the same without π_ref in the loss")):
-        print(f"\n{name}\n" + "".join(f"{key:>14}" for key in SHOWN))
-        for row in (row for row in rows if row["weight"] == weight):
-            print("".join(f"{'-':>14}" if row[key] is None else f"{row[key]:>14.5g}"
-                          for key in SHOWN))
-        last.append(row)
-    print()
-    for name, row in zip(("w = 1", "no π_ref"), last[1:]):
-        kl, perplexity = (row[key] / last[0][key] for key in ("kl", "ref_ppl"))
-        print(f"at the end, {name} over DPO: KL {kl:.1f} times, perplexity under π_ref "
-              f"{perplexity:.1f} times")
-    print("\n" + "\n".join(read_text(folder / "degenerate.txt").splitlines()[:18]))
-    print(f"\nmore samples: {folder / 'degenerate.txt'}\npicture:      {folder / 'degenerate.png'}")
+    rows = read_json(folder / "degenerate.json")
+    last = {(row["weight"], row["seed"]): row for row in rows}  # keeps the last step
+    points = {"π_ref": rows[0]} | {f"{figures.loss_label(name)}, seed {seed}": row
+                                   for (name, seed), row in last.items()}
+    columns = {"KL, nats": ("kl", 2, "KL(π ‖ π_ref) per completion"),
+               "perplexity": ("ref_ppl", 1, "of the samples under π_ref"),
+               "log π(y_w)": ("logp_chosen", 1, "of held-out chosen completions")}
+    others = "repeated", "ended", "grammatical", "reward r*"
+    print(f"\nafter {rows[-1]['step']} steps; a seed sets the order of the batches\n" + table(
+        points, columns | {title: COLUMNS[title] for title in others}) + "\n")
+    for name in dict.fromkeys(row["weight"] for row in rows):
+        if name != "sigmoid":
+            print(f"{figures.loss_label(name)} ends at {figures.times_dpo(rows, name, 'kl')} times "
+                  f"DPO's KL and {figures.times_dpo(rows, name, 'ref_ppl')} times its perplexity")
+    blocks = read_text(folder / "degenerate.txt").split("\n\n")
+    print("\n" + "\n\n".join(blocks[:3]))
+    print("\nLook at perplexity and the samples: reward alone may not show that texts are broken.\n"
+          f"samples: {folder / 'degenerate.txt'}\npicture: {folder / 'degenerate.png'}\n"
+          "next:    the same command with --weight FILE.py:FUNCTION draws your own weight too")
 
 
 # ------------------------------------------------------------------------------ overoptimisation
 
 def data_ablation(job: Job) -> dict[str, Settings]:
-    """DPO on 60 groups, on 600 and on all: β is small enough for over-optimisation to show."""
+    """DPO on 60 groups, on 600 and on all. β is so small that over-optimisation shows."""
     sizes = [n for n in (60, 600) if n < len(job.split[0])]
     cfg = replace(job.cfg, beta=0.5, eval_every=max(1, job.cfg.dpo_steps // 12))
     return {f"{n or len(job.split[0]):,} prompts": replace(cfg, train_prompts=n)
@@ -175,7 +195,7 @@ def data_ablation(job: Job) -> dict[str, Settings]:
 
 
 def overoptimisation(job: Job, run: Run) -> None:
-    """True reward, implicit reward and KL of the policies' own samples over the steps:
+    """True reward, implicit reward and KL of each policy's own samples over the steps, in
     overoptimisation.json and overoptimisation.png."""
     rows = [dict(run=name, implicit=cfg.beta * p["kl_mc"],
                  **{key: p[key] for key in ("step", "reward", "reward_se", "kl", "grammatical",
@@ -188,14 +208,19 @@ def overoptimisation(job: Job, run: Run) -> None:
 def report_overoptimisation(job: Job) -> None:
     folder = job.folder("overoptimisation")
     rows = read_json(folder / "overoptimisation.json")
-    print(f"\n{'':<15}{'r* at its peak':>16}{'at step':>9}{'r* at the end':>15}"
-          f"{'r̂ at the end':>14}{'KL at the end':>15}{'held-out acc.':>15}")
+    points = {}
     for name in dict.fromkeys(row["run"] for row in rows):
         mine = [row for row in rows if row["run"] == name]
-        peak, end = max(mine, key=lambda row: row["reward"]), mine[-1]
-        print(f"{name:<15}{peak['reward']:>16.3f}{peak['step']:>9}{end['reward']:>15.3f}"
-              f"{end['implicit']:>14.2f}{end['kl']:>15.2f}{end['accuracy']:>15.3f}")
-    print(f"picture: {folder / 'overoptimisation.png'}")
+        peak = max(mine, key=lambda row: row["reward"])
+        points[name] = mine[-1] | dict(peak=peak["reward"], at=peak["step"])
+    print("\n" + table(points, {
+        "highest r*": ("peak", 3, "mean true reward of the best evaluation"),
+        "at step": ("at", 0, "of that evaluation"), "last r*": ("reward", 3, "after the last step"),
+        "implicit": ("implicit", 2, "mean implicit reward of π_θ's own samples"),
+        "last KL": ("kl", 2, "KL(π ‖ π_ref) in nats per completion"),
+        "accuracy": COLUMNS["accuracy"]}))
+    print("Look at the fewest prompts: the implicit reward rises, r* does not.\n"
+          f"picture: {folder / 'overoptimisation.png'}")
 
 
 STAGES["inspect"] = Stage(inspect, lambda cfg: ["dpo", "groups"], "inspect.json", report_inspect)

@@ -1,10 +1,11 @@
-"""Online DPO: fresh groups from π_θ itself, redrawn as it learns. An open question of Section 7.
+"""Online DPO: π_θ draws fresh groups while it learns. Section 7 leaves this as an open question.
 
     python train.py --stage online                       r* labels the fresh groups
     python train.py --stage online --online-labels self  π_θ's own r̂ labels them
 
-It is stage dpo with other batches: as many updates, but after online_start of them the groups are
-drawn from π_θ, for training prompts, and redrawn every online_every steps.
+It is stage dpo with other batches, and with the same number of updates. The first online_start
+steps use the stored groups. After them π_θ draws groups for training prompts, and draws new ones
+every online_every steps.
 
 P prompts, K completions per prompt.
 """
@@ -27,9 +28,9 @@ from train import (STAGES, Completions, Stage, dpo_stage, needs, parents_of_grou
 
 
 class FreshGroups:
-    """The groups of the current round of online_every steps.
+    """The groups of the current round. A round is online_every steps.
 
-    A checkpoint holds them, because π_θ is another one after the step for which it drew them.
+    A checkpoint holds the completions and their rewards, because π_θ changes after it drew them.
     """
 
     def __init__(self, job: Job, policy: GPT, stored: Callable):
@@ -54,7 +55,7 @@ class FreshGroups:
         if number != self.round:
             self.round, self.of_round = number, None
             self.draw()
-        if not self.of_round:  # also in a run that goes on
+        if not self.of_round:  # also after a checkpoint was loaded
             self.prepare()
         return self.of_round(i)
 
@@ -68,7 +69,7 @@ class FreshGroups:
         return [self.job.groups.prompt_ids[i] for i in picks]
 
     def draw(self) -> None:
-        """π_θ's completions, and their labels: r*, or r̂ under the π_θ of this moment."""
+        """Draw completions of π_θ and label them: by r*, or by r̂ of the present π_θ."""
         job, prompts = self.job, [p for p in self.prompts() for _ in range(self.job.groups.K)]
         self.completions[:] = job.sample(self.policy, prompts, self.seed("samples"))
         if job.cfg.online_labels == "r*":
@@ -79,7 +80,7 @@ class FreshGroups:
             self.rewards = dpo.implicit_reward(logps, ref_logps, job.cfg.beta)
 
     def prepare(self) -> None:
-        """Groups, their reference log-probs and the order of the round's batches."""
+        """Make the round's groups, their reference log-probs and the order of its batches."""
         groups = gather_groups(self.prompts(), self.completions, self.rewards.numpy())
         every = range(len(groups.rewards))
         ref_logps = score(self.job, self.reference, *groups.flat(every)).view(-1, groups.K)
@@ -94,13 +95,13 @@ def online(job: Job, run: Run) -> None:
 def online_parents(cfg: Settings) -> list[str]:
     needs(cfg.loss != "pairwise", f"--stage online learns from pairs: leave --loss {cfg.loss} out",
           [])
-    needs(cfg.online_start >= cfg.dpo_steps, f"all {cfg.dpo_steps} steps would be on the stored "
-          f"groups: give an --online-start below --dpo-steps, not {cfg.online_start}", [])
+    needs(cfg.online_start >= cfg.dpo_steps, f"--online-start {cfg.online_start} leaves none of "
+          f"{cfg.dpo_steps} steps for fresh groups: give an --online-start below --dpo-steps", [])
     all_groups(cfg, "online", [])
-    needs(cfg.online_labels == "r*" and bool(cfg.groups), "a preference file has no r* for fresh "
-          "completions: give --online-labels self", [])
-    return needs(cfg.online_labels == "self" and cfg.online_start == 0, "r̂ is 0 at π_ref, so it "
-                 "labels nothing there: give an --online-start above 0",
+    needs(cfg.online_labels == "r*" and bool(cfg.groups), "--groups names a preference file, and "
+          "there is no r* for fresh completions: give --online-labels self", [])
+    return needs(cfg.online_labels == "self" and cfg.online_start == 0, "at π_ref every r̂ is 0 and "
+                 "labels no pair: give an --online-start above 0",
                  ["groups", *parents_of_groups(cfg)])
 
 

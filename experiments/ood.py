@@ -1,9 +1,9 @@
 """How does DPO generalise out of distribution, compared with an explicit reward model? (Section 7)
 
-Three sets of held-out prompts on the toy corpus: those of the test reviews; with titles, names and
-genres that no review has; and of reviews of restaurants and hotels. The polar words are the same,
-so r* is exact for all. The DPO policy is judged as a policy and, by r̂ = β log π_θ/π_ref, as a
-reward model beside r_φ, which was trained on the same pairs.
+There are three sets of held-out prompts on the toy corpus: beginnings of test reviews; beginnings
+with titles, names and genres that occur in no review; and beginnings of reviews of restaurants and
+hotels. All sets have the same polar words, so r* is exact on all. The DPO model is measured as a
+policy and, by r̂ = β log π_θ/π_ref, as a reward model. r_φ was trained on the same pairs.
 
 P prompts, K samples of π_ref per prompt.
 """
@@ -30,17 +30,18 @@ from train import STAGES, Stage, build, needs, parents_of_groups, resumable, sco
 
 TEST = "test prompts"
 SETS = (TEST, *UNSEEN)
-# Per prompt: samples of π_ref that r̂ and r_φ score, of its best_of; samples of the policy. All of
-# best_of give the optimum. Its KL cannot pass log K, and DPO's is larger on unseen prompts.
+# Per prompt, r̂ and r_φ score SCORED samples of π_ref, and the policy draws SAMPLES. The optimum is
+# estimated from all best_of samples of π_ref, because the KL of the estimate cannot exceed the log
+# of their number, and DPO's KL is larger on unseen prompts.
 SCORED, SAMPLES = 16, 4
 
 
 def unseen_prompts(job: Job, name: str) -> list[list[int]]:
-    """App. C.1's prompts, <|endoftext|> and the beginning of a review, with the words of UNSEEN.
+    """Prompts as in App. C.1: <|endoftext|> and the beginning of a review, with words of UNSEEN.
 
-    The first 3 to 8 words, where C.1 has 2 to 8 tokens: nearly all words of the corpus are one
-    token, unseen ones three or four. Prompts after which a whole completion would not fit the
-    context are cut.
+    A prompt is the first 3 to 8 words, where C.1 takes 2 to 8 tokens: nearly every word of the
+    corpus is one token, an unseen word is three or four. A prompt is cut if a whole completion
+    would not fit the context after it.
     """
     cfg, data, rng = job.cfg, job.data, random.Random(seed_of(job.cfg, "ood", name))
     longest, prompts = max(8, cfg.n_ctx - cfg.max_new_tokens - 1), []
@@ -55,28 +56,28 @@ def unseen_prompts(job: Job, name: str) -> list[list[int]]:
 # ------------------------------------------------------------------------------ the measures
 
 def ordered_pairs(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each prompt: how many pairs of its samples scores order as rewards do, and how many pairs
-    do not tie in rewards. Two (P, K) -> two (P,)."""
+    """For each prompt: the number of pairs of samples that `scores` orders as `rewards` does, and
+    the number of pairs with different rewards. Two (P, K) -> two (P,)."""
     better = rewards[:, :, None] > rewards[:, None]  # (P, K, K)
     right = pairwise_accuracy(scores[:, :, None], scores[:, None]) * better
     return right.double().sum((1, 2)), better.double().sum((1, 2))
 
 
 def share(start, reached, best) -> float:
-    """The part of the gain from `start` to `best` that was reached; NaN without such a gain."""
+    """(reached - start) / (best - start), the reached share of a gain. NaN if there is no gain."""
     return float((reached - start) / (best - start)) if best > start else math.nan
 
 
 def with_error(statistic, *columns: Tensor) -> list[float | None]:
     """statistic(means over prompts), and its standard error by the jackknife over prompts.
 
-    columns (..., P). None stands for what is not defined.
+    columns (..., P). A result that is not defined is None.
     """
     P = columns[0].size(-1)
     left_out = [(x.sum(-1, keepdim=True) - x) / (P - 1) for x in columns]  # means without prompt p
     values = torch.tensor([statistic(*(x[..., p] for x in left_out)) for p in range(P)])
-    found = float(statistic(*(x.mean(-1) for x in columns))), (P - 1) * standard_error(values)
-    return [x if math.isfinite(x) else None for x in found]
+    both = float(statistic(*(x.mean(-1) for x in columns))), (P - 1) * standard_error(values)
+    return [x if math.isfinite(x) else None for x in both]
 
 
 def best_of(job: Job) -> int:
@@ -84,24 +85,25 @@ def best_of(job: Job) -> int:
 
 
 def measure(job: Job, name: str) -> dict:
-    """One seed on one set of prompts: "what: of whom" -> [value, standard error over prompts].
+    """One seed on one set of prompts: "measure: subject" -> [value, standard error over prompts].
 
-    accuracy: the share of pairs of π_ref's samples that are in the order of r*. r*: its mean over
-    samples. gain: the share of the possible gain in r* over π_ref, which is for Best-of-N that by
-    r*, and for the policy's samples that of Eq. 4's optimum at their KL.
+    accuracy: the share of pairs of π_ref's samples that the subject orders as r* does. r*: the mean
+    of r* over samples. gain: the gain in r* over π_ref, as a share of the largest possible gain.
+    That is the gain of Best-of-N by r* for Best-of-N, and of Eq. 4's optimum at the same KL for
+    the policy's samples.
     """
     cfg, enc, reference, policy = job.cfg, job.data.enc, job.load_reference(), job.policy("dpo")
     prompts = job.reference_eval["prompts"] if name == TEST else unseen_prompts(job, name)
-    K, few, N = cfg.best_of, min(SCORED, cfg.best_of), best_of(job)
+    K, scored_each, N = cfg.best_of, min(SCORED, cfg.best_of), best_of(job)
     repeated = [p for p in prompts for _ in range(K)]
     samples = job.sample(reference, repeated, seed_of(cfg, "ood", f"{name}, samples"))
     rewards = job.reward(repeated, samples).view(-1, K).double()
-    some = [i + k for i in range(0, len(samples), K) for k in range(few)]
-    some = [repeated[i] for i in some], [samples[i] for i in some]
-    logps, ref_logps = (score(job, model, *some) for model in (policy, reference))
-    start, r = rewards.mean(1), rewards[:, :few]
-    scores = {"r̂": (logps - ref_logps).view_as(r),  # times β, which moves no order
-              "r_φ": learned_reward(job)(*some).view_as(r)}
+    picks = [i + k for i in range(0, len(samples), K) for k in range(scored_each)]
+    scored = [repeated[i] for i in picks], [samples[i] for i in picks]
+    logps, ref_logps = (score(job, model, *scored) for model in (policy, reference))
+    start, r = rewards.mean(1), rewards[:, :scored_each]
+    scores = {"r̂": (logps - ref_logps).view_as(r),  # without β, which changes no order
+              "r_φ": learned_reward(job)(*scored).view_as(r)}
     best = {by: expected_best(x, r, N) for by, x in [*scores.items(), ("r*", r)]}
     point = job.evaluate(policy, reference, prompts * SAMPLES)
     reached, kl = (torch.tensor(point[key], dtype=torch.float64).view(SAMPLES, -1).mean(0)
@@ -115,18 +117,18 @@ def measure(job: Job, name: str) -> dict:
                   for p, k, x in zip(curve, kls, rewards)]
         return share(start, reached, optimal_reward(points, kl) or math.nan)
 
-    found = {f"accuracy: {by}": with_error(lambda right, pairs: float(right / pairs),
-                                           *ordered_pairs(x, r)) for by, x in scores.items()}
-    found |= {f"gain: best of {N} by {by}": with_error(share, start, best[by], best["r*"])
+    measures = {f"accuracy: {by}": with_error(lambda right, pairs: float(right / pairs),
+                                              *ordered_pairs(x, r)) for by, x in scores.items()}
+    measures |= {f"gain: best of {N} by {by}": with_error(share, start, best[by], best["r*"])
               for by in scores}
-    found["gain: DPO's samples"] = with_error(optimal_share, start, reached, kl, *optimum)
-    found["r*: π_ref's samples"] = with_error(float, start)
-    found |= {f"r*: best of {N} by {by}": with_error(float, x) for by, x in best.items()}
-    found |= {"r*: DPO's samples": with_error(float, reached),
+    measures["gain: DPO's samples"] = with_error(optimal_share, start, reached, kl, *optimum)
+    measures["r*: π_ref's samples"] = with_error(float, start)
+    measures |= {f"r*: best of {N} by {by}": with_error(float, x) for by, x in best.items()}
+    measures |= {"r*: DPO's samples": with_error(float, reached),
               "KL: DPO's samples": with_error(float, kl)}
     prompt, completion = (enc.decode([t for t in ids if t != job.data.eot])
                           for ids in (prompts[0], point["completions"][0]))
-    return dict(measures=found, example=f"{prompt}|{completion}")
+    return dict(measures=measures, example=f"{prompt}|{completion}")
 
 
 # ------------------------------------------------------------------------------ the stage
@@ -143,7 +145,7 @@ def make_seeds(job: Job) -> dict[str, str]:
 
 
 def ood(job: Job, run: Run) -> None:
-    """All measures of each seed and set of prompts: ood.json and ood.png."""
+    """The measures of every seed on every set of prompts: ood.json and ood.png."""
     work = [(other, name) for other in seed_jobs(job) for name in SETS]
 
     def step(i: int) -> dict:
@@ -158,17 +160,17 @@ def ood(job: Job, run: Run) -> None:
 
 
 def over_seeds(table: dict, name: str, key: str) -> tuple[float, ...] | None:
-    """A measure's mean over seeds on a set of prompts, the mean's standard error over prompts, the
-    lowest and the highest seed. None where a seed has no value."""
-    found = [row["measures"][key] for row in table["rows"] if row["prompts"] == name]
-    if None in sum(found, []):
+    """A measure on one set of prompts: its mean over seeds, the mean's standard error over prompts,
+    its lowest and its highest value of a seed. None if a seed has no value."""
+    pairs = [row["measures"][key] for row in table["rows"] if row["prompts"] == name]
+    if None in sum(pairs, []):
         return None
-    values, errors = np.array(found).T
+    values, errors = np.array(pairs).T
     return (values.mean(), np.sqrt((errors**2).sum()) / len(errors), values.min(), values.max())
 
 
 def draw(table: dict, path: Path) -> None:
-    """Accuracies, and shares of the possible gain, on each set of prompts."""
+    """Draw accuracies, and shares of the possible gain, on each set of prompts."""
     keys = [key for key in table["rows"][0]["measures"] if key.startswith(("accuracy", "gain"))]
     looks = {"r̂": ("r̂ = β log π_θ/π_ref, the reward in the DPO policy", *STYLES["dpo"][1:]),
              "r_φ": ("r_φ, a reward model of the same pairs", *STYLES["ppo"][1:]),
@@ -177,7 +179,7 @@ def draw(table: dict, path: Path) -> None:
               "gain": ("share of the possible gain in r*",
                        f"Best of {table['N']} by a reward, beside best of {table['N']} by r*;\n"
                        "DPO's own samples, beside the optimum at their KL")}
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     for ax, (what, (label, title)) in zip(figure.subplots(1, 2), panels.items()):
         mine = [key for key in keys if key.startswith(what)]
         for i, key in enumerate(mine):
@@ -189,24 +191,26 @@ def draw(table: dict, path: Path) -> None:
                         capsize=3, label=legend)
             side = -1 if key.endswith("r̂") else 1
             for at in zip(x, mean):
-                ax.annotate(f"{at[1]:.2f}", at, (7 * side, 0), textcoords="offset points",
-                            ha="right" if side < 0 else "left", va="center", fontsize=9,
+                ax.annotate(f"{at[1]:.2f}", at, (7 * side, 4), textcoords="offset points",
+                            ha="right" if side < 0 else "left", va="bottom", fontsize=9,
                             color=colour, bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
         ax.set(xticks=range(len(SETS)), xticklabels=SETS, xlim=(-0.5, len(SETS) - 0.5),
                xlabel="prompts", ylabel=label)
         ax.set_title(title, fontsize=10)
         ax.margins(y=0.15)
         ax.grid(axis="y", alpha=0.25)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3,
+                  title="Does what DPO has learned hold on prompts unlike its training prompts?",
+                  title_fontsize=12)
     figure.supxlabel(f"Seeds: {len(table['rows']) // len(SETS)}, each with its own corpus, π_ref, "
                      "preferences, DPO policy and r_φ; points: means, bars: lowest and highest "
                      f"seed. {table['P']} prompts of each kind per seed.", fontsize=9)
     save_figure(figure, path)
 
 
-HEADINGS = {"accuracy": "pairs of π_ref's samples in the order of r*, share",
-            "gain": "share of the possible gain in r*: of best of N by r*, of the optimum at DPO's "
-                    "KL",
+HEADINGS = {"accuracy": "share of pairs of π_ref's samples that are ordered as by r*",
+            "gain": "share of the possible gain in r*: that of best of N by r*, or of the optimum "
+                    "at DPO's KL",
             "r*": "mean r*", "KL": "KL(π ‖ π_ref), nats per completion"}
 
 
@@ -214,8 +218,8 @@ def report_ood(job: Job) -> None:
     folder = job.folder("ood")
     table = read_json(folder / "ood.json")
     first = table["rows"][: len(SETS)]
-    print(f"\nseeds: {len(table['rows']) // len(SETS)}; mean, ± one standard error over "
-          f"{table['P']} prompts of each kind per seed (lowest–highest seed)\n")
+    print(f"\nseeds: {len(table['rows']) // len(SETS)}; mean ± one standard error over "
+          f"{table['P']} prompts per set and seed (lowest–highest seed)\n")
     print(" " * 19 + "".join(f"{name:>27}" for name in SETS))
     heading = ""
     for key in first[0]["measures"]:
@@ -227,15 +231,15 @@ def report_ood(job: Job) -> None:
                  for x in (over_seeds(table, name, key) for name in SETS)]
         width = 17 + of.count("\u0302")  # the hat of r̂ takes no column
         print(f"  {of:<{width}}" + "".join(f" {cell:>26}" for cell in cells))
-    print("\nDPO's first sample of each kind, after its prompt:")
+    print("\nDPO's first sample on each set, after its prompt:")
     print("\n".join(f"  {row['prompts']}: {row['example']}" for row in first))
     print(f"\npicture: {folder / 'ood.png'}")
 
 
 def parents_of_ood(cfg: Settings) -> list[str]:
-    return needs(cfg.corpus != "toy" or bool(cfg.groups), "--stage ood writes its prompts with the "
-                 "toy corpus's grammar, on which r* is exact: leave --corpus and --groups out, and "
-                 "give --preset toy",
+    return needs(cfg.corpus != "toy" or bool(cfg.groups), "--stage ood makes its prompts from the "
+                 "grammar of the toy corpus, where r* is exact: leave --corpus and --groups out, "
+                 "and give --preset toy",
                  all_groups(cfg, "ood", ["dpo", "rm", "groups", *parents_of_groups(cfg)]))
 
 

@@ -1,5 +1,7 @@
-"""How a method's learning rate is chosen: four are tried at one setting, and the one that makes the
-largest share of the optimal gain on validation prompts is kept. sweep.py makes the runs.
+"""The choice of each method's learning rate.
+
+Four rates are tried at one setting of the method. The rate that reaches the largest share of the
+optimal gain on validation prompts is chosen. sweep.py makes the runs.
 """
 
 import numpy as np
@@ -12,13 +14,14 @@ def candidates(cfg, methods: dict) -> list[tuple[str, str, float]]:
 
 
 def share(points: list[dict], optimum: list[dict], low: float, top: float) -> float:
-    """The share of the optimal gain at a run's KL that the run makes, on the validation prompts.
+    """A run's share of the optimal gain at its KL, on the validation prompts.
 
-    optimum: jackknife_optimum of π_ref's samples for these prompts. Its first point is π_ref; past
-    its last, where r* is near its bound, the last reward stands for it. The mean over those of the
-    run's last half of points, where the rate has decayed, whose KL is from `low` to `top`: nearer
-    to π_ref every method has a high share, and a rate too small would win. Where there is none,
-    minus the distance of the last KL from there: then the nearest run is chosen.
+    optimum: jackknife_optimum of π_ref's samples for these prompts. Its first point is π_ref. Past
+    its last point, where r* is near its maximum, the last reward is used. The result is the mean
+    over the points in the second half of the run, where the rate has decayed, with a KL from `low`
+    to `top`. (Nearer to π_ref every method has a high share, so a rate that is too small would
+    win.) If there is no such point, the result is minus the distance of the last KL from this
+    range. Then the nearest run is chosen.
     """
     kl, best = zip(*sorted((p["kl"], p["reward"]) for p in optimum))
     shares = [(p["valid_reward"] - best[0]) / (np.interp(p["valid_kl"], kl, best) - best[0])
@@ -37,15 +40,15 @@ def rate_table(shares: dict[tuple[str, str, float], float | None]) -> list[dict]
 
 
 def chosen_rates(table: list[dict]) -> dict[str, float]:
-    """method -> the rate that was chosen; a method whose candidates all diverged is left out."""
+    """method -> the chosen rate. A method is left out if all its candidates diverged."""
     return {row["method"]: row["rate"] for row in table if row["chosen"]}
 
 
 def report_rates(table: list[dict]) -> None:
     for row in (row for row in table if row["chosen"]):
         tried = [other["rate"] for other in table if other["method"] == row["method"]]
-        edge = ", at the edge of what was tried" * (row["rate"] in (min(tried), max(tried)))
+        edge = ", at the edge of the tried rates" * (row["rate"] in (min(tried), max(tried)))
         gain = f"{row['share']:.3f} of the optimal gain on validation prompts" \
-            if row["share"] >= 0 else "no rate ended at the compared KLs, this one the nearest"
-        print(f"  {row['method']:<14} learning rate {row['rate']:g} of "
-              f"{', '.join(f'{rate:g}' for rate in tried)}: {gain}{edge}")
+            if row["share"] >= 0 else "no rate ended at the compared KLs, this one ended nearest"
+        print(f"  {row['method']:<14} learning rate {row['rate']:g} (tried: "
+              f"{', '.join(f'{rate:g}' for rate in tried)}): {gain}{edge}")

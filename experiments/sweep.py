@@ -2,9 +2,9 @@
 
     python train.py --stage frontier
 
-A method's learning rate is chosen at one setting (rates.py). Each setting runs at that rate and is
-evaluated at regular steps on the same test prompts. The runs at the rates that were not chosen are
-points of the frontier too, as every run of the paper's is. Every run is a stage of the table STAGES.
+A method's learning rate is chosen at one setting (rates.py). Then every setting is run at that
+rate and evaluated at regular steps on the same test prompts. The runs at the other rates are points
+of the frontier too, because the paper's frontier shows all of its runs. Each run is one of STAGES.
 
 P prompts, K samples per prompt.
 """
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluate import jackknife_optimum, pairwise_accuracy, standard_error
+from evaluate import jackknife_optimum, pairwise_accuracy, rounded, standard_error
 from experiments import figures, online  # noqa: F401  online adds its stage
 from experiments.baselines import (all_groups, best_of_kl, expected_best, learned_reward,
                                    needs_true_reward)
@@ -40,18 +40,18 @@ from support.runs import Run, UserError, load_tensors, read_json, read_rows, sav
 from support.settings import Settings
 from train import STAGES, Completions, Diverged, Stage, build, is_made, needs, score
 
-DIAL = (5, 10, 20, 50)  # s/β, on which alone the optimum of sampled and soft labels depends
-TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # beside 1
+DIAL = (5, 10, 20, 50)  # s/β: the optimum of sampled and soft labels depends on this ratio alone
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75)  # besides 1
 
 
 # ------------------------------------------------------------------------------ the plan
 
 class Method(NamedTuple):
     stage: str
-    rate: str  # the setting that is its learning rate ...
-    multiples: tuple  # ... and the multiples of it that are tried
-    settings: dict[str, dict]  # name -> what it changes
-    central: str  # the one at which the rate is chosen
+    rate: str  # the name of its learning rate in Settings
+    multiples: tuple  # the multiples of this rate that are tried
+    settings: dict[str, dict]  # name -> the values of Settings that it changes
+    central: str  # the name of the setting at which the rate is chosen
     seeds: int  # run seeds
 
 
@@ -59,15 +59,16 @@ def methods_of(cfg: Settings) -> dict[str, Method]:
     toy = cfg.corpus == "toy"
     targets = (0.5, 1.0, 2.0, 3.0) if toy else (3.0, 6.0, 9.0, 12.0)
     paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
-    betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's, one between, and the toy's KLs
+    betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's four; 0.5; more on the toy
              for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 10.0) * toy)}
     alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
     kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
     usual, seeds = (0.25, 0.5, 1.0, 2.0), cfg.seeds
-    found = {  # the longest first, so that no core works long after the others
+    found = {  # the longest first, so that all cores finish at about the same time
         "ppo": Method("ppo", "ppo_lr", usual, kls, f"target={targets[2]:g}", seeds),
         "ppo-gt": Method("ppo-gt", "ppo_lr", usual, kls, f"target={targets[2]:g}", seeds),
-        # on the toy not at β 1: there a good rate leaves the compared KLs, and one too small wins
+        # on the toy not β 1: there a good rate ends past the compared KLs, and a rate that is too
+        # small would win
         "dpo": Method("dpo", "dpo_lr", usual, betas, "beta=2" if toy else "beta=0.1", seeds),
         "unlikelihood": Method("unlikelihood", "dpo_lr", usual, alphas, "alpha=0.5", seeds),
         "preferred-ft": Method("preferred-ft", "dpo_lr", (0.5, 1.0, 2.0, 4.0),
@@ -81,7 +82,8 @@ def methods_of(cfg: Settings) -> dict[str, Method]:
     fresh = {f"beta={b:g}": dict(paper, beta=b) for b in ((2.0, 3.0, 5.0) if toy else (0.05, 0.1))}
     for name, labels in (("dpo-online", "r*"), ("dpo-self", "self")) if cfg.online else ():
         own = {setting: v | dict(online_labels=labels) for setting, v in fresh.items()}
-        found[name] = found["dpo"]._replace(stage="online", settings=own)
+        found[name] = found["dpo"]._replace(stage="online", settings=own,
+                                            seeds=seeds if labels == "r*" else 1)
     return found
 
 
@@ -110,7 +112,7 @@ def planned(cfg: Settings, method: str, setting: str, rate: float, seed: int = 0
 
 
 def tried(cfg: Settings) -> dict[tuple, Planned]:
-    """Candidate -> its run: those among which the rates are chosen."""
+    """Candidate -> its run, for all candidates of all methods: rates are chosen among them."""
     return {c: planned(cfg, *c) for c in candidates(cfg, methods_of(cfg))}
 
 
@@ -126,33 +128,33 @@ def finished(job: Job, stage: str, cfg: Settings) -> bool:
 
 
 def compared(job: Job) -> int:
-    """How many of π_ref's completions the training preferences compare."""
+    """The number of π_ref's completions in the training preferences."""
     return len(job.split[0]) * job.groups.K
 
 
 def evaluations(job: Job, p: Planned) -> list[dict]:
-    """The points of a finished run, each with its step and what the run cost until then.
+    """The points of a finished run, each with its step and the run's cost up to this step.
 
-    samples: completions drawn, also those of the preferences that it learns from. seconds: of its
-    own steps.
+    samples: the completions drawn, with those in the training preferences. seconds: the time of the
+    run's own steps.
     """
     cfg, folder, ppo = p.cfg, job.beside(p.cfg).folder(p.stage), p.stage in ("ppo", "ppo-gt")
     drawn = 0 if p.stage == "ppo-gt" else compared(job)
     round_size = cfg.online_every * cfg.dpo_batch * job.groups.K
-    found, seconds = [], 0.0
+    points, seconds = [], 0.0
     for row in read_rows(folder / "metrics.jsonl"):
         if "eval" in row:
             step = row["step"] + 1
             rounds = max(0, -(-(step - cfg.online_start) // cfg.online_every))
             samples = drawn + step * cfg.ppo_rollouts * ppo + \
                 rounds * round_size * (p.stage == "online")
-            found.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=samples))
+            points.append(dict(row["eval"], step=step, seconds=round(seconds, 2), samples=samples))
         else:
             seconds += row["seconds"]
-    if not found or found[-1]["step"] != (cfg.ppo_steps if ppo else cfg.dpo_steps):
-        raise UserError(f"{folder}/metrics.jsonl has lost its last rows: delete {folder}, and the "
-                        "same command makes it again")
-    return found
+    if not points or points[-1]["step"] != (cfg.ppo_steps if ppo else cfg.dpo_steps):
+        raise UserError(f"{folder}/metrics.jsonl has lost its last rows: delete {folder}, then run "
+                        "the same command again, which makes this run anew")
+    return points
 
 
 def tried_rates(job: Job) -> list[dict]:
@@ -166,11 +168,12 @@ def tried_rates(job: Job) -> list[dict]:
 # ------------------------------------------------------------------------------ many runs at once
 
 def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
-    """Make runs, `jobs` at once: folder name -> hash of its last file.
+    """Make all runs, `jobs` at the same time: folder name -> hash of the run's last file.
 
-    batches: lists of (stage, settings), each asked for when the runs of the one before have ended.
-    done(stage, settings, error) is called as each run ends; error is None or Diverged. Any other
-    exception kills the workers and is raised; the same command goes on.
+    batches: an iterable of lists of (stage, settings). The next list is requested after all runs of
+    the previous list have ended. done(stage, settings, error) is called when a run ends; error is
+    None or Diverged. Any other exception kills the workers and is raised. The same command then
+    continues the sweep.
     """
     hashes, pool, spawn = {}, None, multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count() if job.device.type == "cuda" else 1
@@ -190,7 +193,7 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
                 if jobs == 1 or finished(job, stage, cfg):
                     finish(stage, cfg, lambda: build_quietly(job.beside(cfg), stage))
                     continue
-                # workers inherit this: Ctrl-C is for the parent, which kills them
+                # workers inherit this: they ignore Ctrl-C, and the parent kills them
                 handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
                 try:
                     pool = pool or ProcessPoolExecutor(jobs, spawn, start_worker,
@@ -205,7 +208,7 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
             child.kill()
         if isinstance(error, BrokenProcessPool):
             raise UserError("a run was killed from outside, perhaps because memory ran out: give "
-                            "a lower --jobs; the same command goes on") from None
+                            "a lower --jobs; the same command then continues the sweep") from None
         raise
     finally:
         if pool:
@@ -214,7 +217,7 @@ def run_parallel(job: Job, batches, jobs: int, done) -> dict[str, str]:
 
 
 def start_worker(taken, gpus: int) -> None:
-    """A worker takes the next GPU, and ends when its parent is killed."""
+    """Called when a worker starts: it takes the next GPU, and will end if its parent is killed."""
     ranks.end_with_parent(multiprocessing.parent_process().pid)
     with taken.get_lock():
         ranks.LOCAL_RANK = taken.value % gpus
@@ -231,20 +234,20 @@ def worker_job(preset: str, cfg: Settings, command: tuple[str, ...], workers: in
 def in_worker(shared: tuple, stage: str, cfg: Settings) -> str:
     torch.set_num_threads(cfg.threads)
     job = worker_job(*shared)
-    job.cfg = cfg  # what is loaded is the same for all runs
+    job.cfg = cfg  # all runs share what the job has loaded
     return build_quietly(job, stage)
 
 
 def build_quietly(job: Job, stage: str) -> str:
-    """build, without its prints: the sweep shows the progress of all runs."""
+    """`build` without its output: the sweep prints the progress of all runs."""
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
         return build(job, stage)
 
 
 def make_runs(job: Job) -> dict[str, str]:
-    """All runs of the sweep: their hashes. The rates' candidates first, then the rest.
+    """Make all runs of the sweep -> their hashes: first the candidates of the rates, then the rest.
 
-    A run that diverges is left out and named; any other error ends the sweep.
+    A run that diverges is left out and named. Any other error ends the sweep.
     """
     cores = len(os.sched_getaffinity(0))
     # a small model leaves a GPU idle between its kernels; a large one needs all of its memory
@@ -293,7 +296,8 @@ def frontier(job: Job, run: Run) -> None:
     reference, reference_eval = job.load_reference(), job.reference_eval
     state = load_tensors(job.folder("best-of-n") / "samples.pt")
     config, size = reference.config, sum(p.numel() for p in reference.parameters()) / 1e6
-    base = np.array(reference_eval["point"]["rewards"])
+    # a win rate compares independent samples: these have another seed than all evaluations
+    base = np.array(rounded(state["rewards"][:, 0]))
 
     def line(method, setting, point, seed=0, **more) -> dict:
         row = dict(seed=seed, step=0, temperature=1.0, seconds=0.0) | point | more
@@ -302,7 +306,7 @@ def frontier(job: Job, run: Run) -> None:
         row.setdefault("win", float(np.mean(pairwise_accuracy(np.array(row["rewards"]), base))))
         return {key: row.get(key) for key in KEYS}
 
-    lines = [line("sft", "", reference_eval["point"], samples=0)]
+    lines = [line("sft", "", reference_eval["point"], samples=0, win=0.5)]  # by symmetry
     table = tried_rates(job)
     plans = [p for p in finals(job.cfg, chosen_rates(table)) if finished(job, p.stage, p.cfg)]
     others = [p._replace(setting=f"{p.setting} rate={p.rate:g}".strip())
@@ -311,7 +315,7 @@ def frontier(job: Job, run: Run) -> None:
     for p in plans + others:
         lines += [line(p.method, p.setting, point, p.cfg.run_seed)
                   for point in evaluations(job, p)]
-    lines += sampled_lines(job, state, base, line, implicit_rewards(job, plans, state))
+    lines += sampled_lines(job, state, line, implicit_rewards(job, plans, state))
     if job.cfg.temperatures:
         lines += temperature_lines(job, plans, reference, line)
     save_json(run.path("rates.json"), table)
@@ -319,8 +323,8 @@ def frontier(job: Job, run: Run) -> None:
 
 
 def implicit_rewards(job: Job, plans: list[Planned], state: dict) -> torch.Tensor | None:
-    """r̂, up to a factor, of the kept samples of each test prompt (P, at most K), by the DPO run at
-    which the rate was chosen."""
+    """r̂/β of the samples that best-of-n keeps, (P, samples per prompt), by the DPO run that chose
+    the rate. None if there is no such run."""
     for p in plans:
         if p.method == "dpo" and p.cfg.valid_samples:
             samples = Completions()
@@ -333,21 +337,22 @@ def implicit_rewards(job: Job, plans: list[Planned], state: dict) -> torch.Tenso
 
 
 def best_point(rewards, N: int) -> dict:
-    """The point of Best-of-N from rewards (P,) of the samples that it chose."""
+    """The point of Best-of-N from the rewards (P,) of the chosen samples."""
     kl = best_of_kl(N)
     return dict(reward=float(rewards.mean()), reward_se=standard_error(rewards), kl=kl, kl_se=0.0,
                 rewards=[round(x, 4) for x in rewards.tolist()],
                 kls=[round(kl, 4)] * len(rewards), seconds=None)
 
 
-def sampled_lines(job: Job, state: dict, base, line, implicit) -> list[dict]:
+def sampled_lines(job: Job, state: dict, line, implicit) -> list[dict]:
     """Best-of-N by r*, by r_φ and by a DPO policy's r̂, the optimum, and the tilt by the score, all
     from π_ref's samples (P, K). implicit: r̂ of the first of them; None without such a policy.
 
-    The tilt by the score is π_ref exp(s/β)/Z with s = logit r*. On the toy s is r*'s score, a sum
-    over words. A policy that knows the score, but not that r* saturates, is this one.
+    The tilt by the score is π_ref exp(s/β)/Z with s = logit r*. On the toy, s is a sum over
+    words, times a constant. This policy is the optimum for s: it ignores that r* saturates.
     """
     r, drawn = state["rewards"], compared(job)
+    base = np.array(job.reference_eval["point"]["rewards"])  # of another seed than r
     win = torch.from_numpy(pairwise_accuracy(r.numpy().round(4), base[:, None].astype(np.float32)))
     lines, scores = [], [("best-of-n", r, 0), ("best-of-n-learned", state["learned"], drawn)]
     if implicit is not None:
@@ -368,8 +373,8 @@ def sampled_lines(job: Job, state: dict, base, line, implicit) -> list[dict]:
 
 
 def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
-    """Points at temperatures below 1: of one policy per method, that of the setting at which its
-    rate was chosen; of π_ref; and of Best-of-N by r_φ on samples so drawn."""
+    """Points at temperatures below 1: of π_ref, of one policy per method (the run that chose the
+    rate), and of Best-of-N by r_φ on π_ref's samples at this temperature."""
     policies = [("sft", "", {}, reference)]
     policies += [(p.method, p.setting, dict(step=evaluations(job, p)[-1]["step"]),
                   job.beside(p.cfg).policy(p.stage)) for p in plans if p.cfg.valid_samples
@@ -385,7 +390,7 @@ def temperature_lines(job: Job, plans, reference, line) -> list[dict]:
         best = learned(repeated, samples).view(-1, N).argmax(1).tolist()
         rewards = job.reward(prompts, [samples[i * N + k] for i, k in enumerate(best)])
         lines.append(line("best-of-n-learned", f"N={N}", best_point(rewards, N), temperature=t,
-                          samples=compared(job) + len(samples)))  # KL: to π_ref at temperature t
+                          samples=compared(job) + len(samples)))  # kl is to π_ref at t
     return lines
 
 
@@ -398,8 +403,8 @@ def report_frontier(job: Job) -> None:
 
 def frontier_parents(cfg: Settings) -> list[str]:
     parents = all_groups(cfg, "frontier", no_fp16(cfg, needs_true_reward(cfg, "frontier")))
-    return needs(bool(cfg.dpo_module), "--dpo-module would replace dpo.py's functions for every "
-                 "method of the frontier: give it to --stage dpo", parents)
+    return needs(bool(cfg.dpo_module), "--dpo-module would replace functions of dpo.py for every "
+                 "method of the frontier: leave it out, or give it to --stage dpo", parents)
 
 
 STAGES["frontier"] = Stage(frontier, frontier_parents, "frontier.jsonl", report_frontier, make_runs)

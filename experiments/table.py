@@ -1,66 +1,64 @@
-"""The table of a frontier: each method's reward at a KL, with bootstrap intervals, and its cost.
+"""The table of a frontier: each method's reward at given KLs, with intervals, and its cost.
 
-P prompts, n points, R bootstrap replicates, the first of which is the sample itself.
+F folds of the P prompts, n points, m KLs, R bootstrap replicates. Replicate 0 is the sample itself.
 """
 
 import math
 
 import numpy as np
 
-from plot_frontier import STYLES, caption, envelope, kl_range, reference, reliable_optimum, series
+from plot_frontier import (FOLDS, STYLES, caption, cross_fit, kl_range, means, reference,
+                           reliable_optimum, series)
 
-FOLDS = 5  # parts of the prompts
 IDEALS = ("optimum", "score-tilt")  # computed from π_ref's samples: no policy is trained
 
 
 def replicates(points: list[dict], counts, rng) -> tuple[np.ndarray, np.ndarray]:
-    """KL and reward (2, F, R, n) in each replicate of a method's n different (setting, step)s.
+    """KL and reward of a method's n (setting, step) pairs in each replicate: two (2, F, R, n).
 
     They are means over the drawn prompts and seeds. counts (2, F, R, P): how often each prompt was
-    drawn, outside and inside a fold. Seeds are drawn here, once for all settings that have the
-    same; NaN where a (setting, step) has none of those drawn.
+    drawn, outside and inside each fold. Seeds are drawn here. Settings with the same seeds share
+    one draw. NaN where no drawn seed has this (setting, step).
     """
     seeds = {setting: tuple(sorted({p["seed"] for p in points if p["setting"] == setting}))
              for setting in dict.fromkeys(p["setting"] for p in points)}
     drawn = {}  # seeds -> (R, seeds), how often each was drawn
-    for own in dict.fromkeys(seeds.values()):
-        drawn[own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), counts.shape[2])
-        drawn[own][0] = 1
-    times = np.stack([drawn[own][:, own.index(p["seed"])]
-                      for p in points for own in [seeds[p["setting"]]]], 1)  # (R, points)
+    for group in dict.fromkeys(seeds.values()):
+        n = len(group)
+        drawn[group] = rng.multinomial(n, np.full(n, 1 / n), counts.shape[2])
+        drawn[group][0] = 1
+    times = np.stack([drawn[group][:, group.index(p["seed"])]
+                      for p in points for group in [seeds[p["setting"]]]], 1)  # (R, points)
     keys = [(p["setting"], p["step"]) for p in points]
-    member = np.array([[key == own for own in dict.fromkeys(keys)] for key in keys], float)
+    member = np.array([[key == column for column in dict.fromkeys(keys)] for key in keys], float)
     with np.errstate(invalid="ignore"):
         return tuple(times * means(counts, [p[x] for p in points]) @ member / (times @ member)
                      for x in ("kls", "rewards"))
 
 
-def means(counts, values) -> np.ndarray:
-    """Of values (n, P) over the drawn prompts: (..., R, n)."""
-    return counts @ np.array(values).T / counts.sum(-1, keepdims=True)
-
-
 def interval(values) -> tuple[float, float, float] | None:
-    """Replicates (R,) -> the sample's value and the ends of its 95 % interval; None for a NaN.
+    """Replicates (R,) -> the sample's value and the ends of its 95 % interval. None if it is NaN.
 
-    It leans a little low: a replicate chooses its mixtures by noisier means than the sample's.
+    The interval is a little too low: a replicate chooses its mixtures by noisier means than the
+    sample does.
     """
     value, ends = float(values[0]), np.percentile(values[1:], (2.5, 97.5))
     return None if math.isnan(value) else (value, *ends.tolist())
 
 
 def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict]:
-    """One row per method, the optimum first: what it has at each KL of the preset, and its cost.
+    """One row per method, the optimum first: its reward at each KL of the preset, and its cost.
 
-    reward: KL -> (value, low, high) of the best mixture of a method's policies, None past its
-    largest KL. For each fifth of the prompts the mixture is chosen on the others and judged on
-    this one (cross-fit); the value is the mean of the five. Judged on the prompts that chose it, a
-    mixture looks better than it is. The seeds are the same in both, so their luck stays.
-    share: KL -> the same for its part of the optimal gain, (r - r_ref) / (r_opt - r_ref).
-    The 95 % intervals are over seeds and prompts; shares are paired, as a replicate has the same
-    prompts for all methods.
+    reward: KL -> (value, low, high) of the best mixture of a method's policies. None past its
+    largest KL. The mixture is cross-fitted: for each fifth of the prompts it is chosen on the other
+    four fifths and measured on this one, and the value is the mean of the five. Measured on the
+    prompts that chose it, a mixture would look better than it is. Choice and measurement use the
+    same seeds, so the value keeps what a seed gained by chance.
+    share: KL -> the same for the share of the optimal gain, (r - r_ref) / (r_opt - r_ref).
+    The 95 % intervals are over seeds and prompts. Shares are paired: in one replicate all methods
+    have the same prompts.
     seconds, samples: sums over runs (one per setting and seed), each at its last point. For the
-    optimum and Best-of-N the largest: all their settings share one draw of samples.
+    optimum and Best-of-N they are maxima, because all settings share one draw of samples.
     """
     kls = kl_range(points[0]["preset"])[0]
     at, P, rng, rows = np.array(kls, float), len(points[0]["kls"]), np.random.default_rng(seed), []
@@ -72,30 +70,23 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
         fold[1:, i::F] = rng.multinomial(n, np.full(n, 1 / n), bootstrap)
     counts = np.stack([folds.sum(0) - folds, folds])  # outside and inside each fold
     start = means(counts, [reference(points)["rewards"]])[..., 0]  # (2, F, R)
-    best = np.full((*start.shape[1:], len(at)), np.nan)  # the optimum's reward
+    best = np.full((1 + bootstrap, len(at)), np.nan)  # the optimum's gain
     others = sorted({p["method"] for p in points} - {*STYLES, *IDEALS})
     for method in [*IDEALS, *(m for m in STYLES if m != "sft"), *others]:
         mine = reliable_optimum(points, method) if method in IDEALS else series(points, method)
         if not mine:
             continue
         kl, reward = replicates(mine, counts, rng)
-        if method in IDEALS:
-            values = np.apply_along_axis(lambda x: np.interp(at, *np.split(x, 2), left=np.nan), -1,
-                                         np.concatenate([kl[1], reward[1]], -1))  # (F, R, m)
-        else:  # flat: a replicate's last point may fall short of the sample's KL
-            chosen_by, judged_by = zip(kl, reward, start)
-            values = envelope(*chosen_by[:2], at, chosen_by[2], flat=True, judges=judged_by)
-        if method == "optimum":
-            best = values
+        gain = cross_fit(kl, reward, start, at, method in IDEALS)  # (R, m)
         largest = float(kl[1, :, 0].mean(0).max())
-        values[..., at > largest] = np.nan
-        gain, best_gain = ((x - start[1, ..., None]).mean(0) for x in (values, best))
-        shares = gain / best_gain
+        gain[:, at > largest] = np.nan
+        if method == "optimum":
+            best = gain
         last = {(p["setting"], p["seed"]): p for p in sorted(mine, key=lambda p: p["step"])}
         row = dict(method=method, largest=largest, runs=len(last),
                    seeds=len({p["seed"] for p in mine}),
-                   reward=dict(zip(kls, map(interval, values.mean(0).T))),
-                   share=dict(zip(kls, map(interval, shares.T))))
+                   reward=dict(zip(kls, map(interval, (gain + start[1].mean(0)[:, None]).T))),
+                   share=dict(zip(kls, map(interval, (gain / best).T))))
         total = max if method.startswith((*IDEALS, "best-of-n")) else sum
         for key in ("seconds", "samples"):
             known = [p[key] for p in last.values() if p[key] is not None]
@@ -105,10 +96,11 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
 
 
 def excesses(points: list[dict]) -> list[tuple[float, dict]]:
-    """(excess over the optimum in standard errors, point), largest first, where it is reliable.
+    """(excess over the optimum in standard errors, point), largest first.
 
-    Paired: mean and standard error over prompts of r - r_opt - slope (KL - KL_opt). The optimum is
-    the mixture of its two neighbouring points that has the point's KL. The error is that of both.
+    Only points at KLs where the optimum is reliable. For each prompt the excess is r - r_opt -
+    slope (KL - KL_opt), where r_opt and KL_opt interpolate the optimum at the point's mean KL. Its
+    mean over prompts is divided by its standard error, which covers the errors of both policies.
     """
     best, found = reliable_optimum(points), []
     k, r = (np.array([p[key] for p in best]) for key in ("kls", "rewards"))  # (n, P) each
@@ -143,20 +135,20 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
 
     at, costs = [f"KL {kl}" for kl in kls], "runs seeds seconds samples".split()
     return "\n\n".join([
-        f"{caption(points)}; π_ref's mean true reward {ref['reward']:.3f} ± {ref['reward_se']:.3f}."
-        " Mixtures are chosen on four fifths of the prompts and judged on the last. In brackets: "
-        "95 % bootstrap intervals over prompts and seeds.",
+        f"{caption(points)} π_ref's mean true reward {ref['reward']:.3f} ± {ref['reward_se']:.3f}."
+        " A mixture is chosen on four fifths of the prompts and measured on the other fifth. In "
+        "brackets: 95 % bootstrap intervals over prompts and seeds.",
         block("Mean true reward of a method's best mixture of policies, at a KL in nats", at,
               [r["reward"].values() for r in rows]),
         block("Share of the optimal gain at that KL, (r - r_ref) / (r_opt - r_ref)", at,
               [r["share"].values() for r in rows]),
-        block("What all runs of a method took, each counted as if it were alone", costs,
+        block("Cost of all runs of a method, each counted as if it were the only run", costs,
               [[r[c] for c in costs] for r in rows]),
         "\n".join(f"- {note}" for note in notes(points, rows))]) + "\n"
 
 
 def notes(points: list[dict], rows: list[dict]) -> list[str]:
-    """Which methods end before a KL of the table, and whether a point lies above the optimum."""
+    """Which methods do not reach a KL of the table, and whether a point lies above the optimum."""
     best, over = reliable_optimum(points), excesses(points)
     found = [f"{r['method']} has no {'reliable ' * (r['method'] in IDEALS)}point at KL {no[0]} "
              f"or beyond: its largest KL is {r['largest']:.2f}." for r in rows
@@ -166,5 +158,5 @@ def notes(points: list[dict], rows: list[dict]) -> list[str]:
     names = ", ".join(f"{p['method']} {p['setting']} (seed {p['seed']}, step {p['step']}) by "
                       f"{z:.1f}" for z, p in over if z > 3)
     return [*found, f"{len(over)} points lie where the optimum is reliable, KL {best[0]['kl']:.2g} "
-            f"to {best[-1]['kl']:.2f}: the largest excess over it is {over[0][0]:.1f} combined "
-            f"standard errors; more than 3 above it: {names or 'none'}."]
+            f"to {best[-1]['kl']:.2f}. The largest excess over it is {over[0][0]:.1f} combined "
+            f"standard errors. Points more than 3 standard errors above it: {names or 'none'}."]

@@ -1,7 +1,7 @@
-"""GPT-2 checkpoints in the Hugging Face layout: read into our GPT, and written from it.
+"""Reads GPT-2 checkpoints in the Hugging Face layout into our GPT, and writes them.
 
-A folder holds config.json, the weights in one of WEIGHTS, and often a tokenizer's files. GPT-2's
-own are downloaded by name.
+A folder holds config.json, the weights in one of WEIGHTS, and often a tokenizer's files. The
+published GPT-2 models are downloaded by name.
 """
 
 import functools
@@ -28,13 +28,13 @@ GPT2_SIZES = {name: dict(vocab_size=50257, n_ctx=1024, n_layer=layers, n_head=he
                   ("gpt2", 12, 12, 768), ("gpt2-medium", 24, 16, 1024),
                   ("gpt2-large", 36, 20, 1280), ("gpt2-xl", 48, 25, 1600))}
 GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # the first that is there is read
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # the first that exists is read
            "pytorch_model.bin", "pytorch_model.bin.index.json")
-ANOTHER = "restore it, or give the folder of a finished run, one in Hugging Face's layout, or " \
-          f"one of {', '.join(GPT2_SIZES)}"
+ANOTHER = "restore it, or give the folder of a finished run, a folder in Hugging Face's layout, " \
+          f"or one of {', '.join(GPT2_SIZES)}"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|transformer\.)+")  # DDP, torch.compile, transformers
-KIND = dict(  # what GPT-2 is by its config.json, besides its sizes
+KIND = dict(  # what GPT-2's config.json says besides the sizes
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
     scale_attn_weights=True, tie_word_embeddings=True, scale_attn_by_inverse_layer_idx=False)
 SAME_GELU = "gelu_pytorch_tanh"  # another name of gelu_new
@@ -43,29 +43,30 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def check_sizes(sizes: dict) -> None:
-    """ValueError for sizes of a GPT that are no whole numbers, out of bounds, or do not divide."""
+    """ValueError if a size of a GPT is not a whole number, or out of bounds, or if n_embd is not a
+    multiple of n_head."""
     for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
         most = 1000 if name == "n_layer" else 10**6
         if type(sizes[name]) is not int or not 0 < sizes[name] <= most:
             raise ValueError(f"{name} is {first_line(repr(sizes[name]))}; wanted a whole number "
                              f"from 1 to {most:,}")
     if sizes["n_embd"] % sizes["n_head"]:
-        raise ValueError(f"n_embd {sizes['n_embd']} does not divide by n_head {sizes['n_head']}")
+        raise ValueError(f"n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}")
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `name` is one of GPT-2's, or a folder with weights in it."""
+    """Whether `name` is a published GPT-2, or a folder with weights."""
     return name in GPT2_SIZES or any(os.path.exists(f"{name}/{weights}") for weights in WEIGHTS)
 
 
-# ------------------------------------------------------------------------------ in
+# ------------------------------------------------------------------------------ reading
 
 def read(name: str, cache: Path, make: Callable[[dict], torch.nn.Module]) -> torch.nn.Module:
-    """make(sizes), filled with the weights of the folder `name`, or of a GPT-2 of that name, which
-    the first call downloads to `cache`. UserError for another model.
+    """The model make(sizes) with the weights of the folder `name`, or of the published GPT-2 of
+    that name, which the first call downloads to `cache`. UserError for another kind of model.
 
-    A vocabulary may be larger than the tokenizer's: it was padded, or tokens were added. Those rows
-    of the embedding are cut off, so that they are never sampled; the other logits stay the same.
+    The embedding may have more rows than the tokenizer has tokens, if it was padded or if tokens
+    were added. These rows are removed, so that they are never sampled; other logits do not change.
     """
     if name in GPT2_SIZES:
         folder, remedy = cache / name, "delete it, and it is fetched again"
@@ -78,19 +79,19 @@ def read(name: str, cache: Path, make: Callable[[dict], torch.nn.Module]) -> tor
     rows = sizes["vocab_size"]
     if needed < rows < needed + 1024:
         sizes = sizes | {"vocab_size": needed}
-        say_once(f"{folder}: ids {needed} to {rows - 1} are none of its tokenizer's: left out")
+        say_once(f"{folder}: ids {needed} to {rows - 1} are left out: its tokenizer lacks them")
     with reading(folder, remedy):
         path = next(filter(Path.exists, (folder / weights for weights in WEIGHTS)), None)
     if path is None:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}; {remedy}")
     with reading(path, remedy):
         state = gpt2_state(read_weights(path))
-        if len(state.get("wte.weight", ())) == rows:  # as its config.json says
+        if len(state.get("wte.weight", ())) == rows:  # the number in its config.json
             state["wte.weight"] = state["wte.weight"][: sizes["vocab_size"]]
         return with_weights(lambda: make(sizes), state)
 
 
-@functools.cache  # π_ref is read anew for each evaluation
+@functools.cache  # π_ref may be read again for each evaluation
 def say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -104,23 +105,23 @@ def read_sizes(folder: Path) -> dict:
             del raw["activation_function"]
         for key, value in KIND.items():
             if raw.get(key, value) != value:
-                raise UserError(f"{path}: {key} is {first_line(repr(raw[key]))}; GPT-2's is "
-                                f"{value!r}")
+                raise UserError(f"{path}: {key} is {first_line(repr(raw[key]))}, wanted {value!r} "
+                                "as in GPT-2: give a GPT-2 model")
         sizes = dict(vocab_size=raw["vocab_size"], n_ctx=raw["n_positions"], n_embd=raw["n_embd"],
                      n_layer=raw["n_layer"], n_head=raw["n_head"])
         check_sizes(sizes)
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-            raise UserError(f"{path}: n_inner is {first_line(repr(raw['n_inner']))}; GPT-2's is "
-                            f"{4 * raw['n_embd']}")
+            raise UserError(f"{path}: n_inner is {first_line(repr(raw['n_inner']))}, wanted "
+                            f"{4 * raw['n_embd']} as in GPT-2: give a GPT-2 model")
     return sizes
 
 
 def read_weights(path: Path) -> dict:
-    """The tensors of one of WEIGHTS, by name. An index names the files that hold them."""
+    """The tensors in one of the files WEIGHTS, by name. An index file names other files."""
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
         if any(Path(shard).name != shard or shard.endswith(".json") for shard in shards):
-            raise ValueError(f"a shard of another folder: {first_line(shards)}")
+            raise ValueError(f"a shard is not a weight file of this folder: {first_line(shards)}")
         tensors = {}
         for shard in shards:
             with reading(path.parent / shard, ANOTHER):
@@ -134,19 +135,20 @@ def read_weights(path: Path) -> dict:
 
 
 def read_safetensors(path: Path) -> dict:
-    """An 8-byte length, a JSON header of that length, and the tensors' bytes without a gap. Raises
-    ValueError, KeyError, TypeError ... where the header does not describe exactly this file."""
+    """The tensors of a file: an 8-byte length, a JSON header of that length, and the tensors' bytes
+    without a gap. Raises ValueError, KeyError, TypeError ... if the header does not describe the
+    file exactly."""
     with open(path, "rb") as file:
         raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     start = 8 + struct.unpack("<Q", raw[:8])[0]
     if start > len(raw):
-        raise ValueError(f"a header of {start - 8:,} bytes in a file of {len(raw):,}")
+        raise ValueError(f"it has a header of {start - 8:,} bytes in a file of {len(raw):,}")
     header, data, end, tensors = json.loads(bytes(raw[8:start])), raw[start:], 0, {}
     header.pop("__metadata__", None)
     for key, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         shape, name, (first, last) = item["shape"], item["dtype"], item["data_offsets"]
         if name not in DTYPES:
-            raise ValueError(f"{key} is of dtype {name}; {', '.join(DTYPES)} can be read")
+            raise ValueError(f"{key} has the dtype {name}, wanted one of {', '.join(DTYPES)}")
         size = math.prod(shape) * DTYPES[name].itemsize
         if min(shape, default=1) < 1 or (first, last) != (end, end + size) or last > len(data):
             raise ValueError(f"{key} of shape {shape} has the bytes {first} to {last} of "
@@ -154,12 +156,12 @@ def read_safetensors(path: Path) -> dict:
         tensors[key] = torch.frombuffer(data[first:last], dtype=DTYPES[name]).view(shape)
         end = last
     if end != len(data):
-        raise ValueError(f"{len(data):,} bytes, of which its header describes {end:,}")
+        raise ValueError(f"it has {len(data):,} bytes of data, and its header describes {end:,}")
     return tensors
 
 
 def gpt2_state(tensors: dict) -> dict:
-    """The tensors under the names of our GPT and in its shapes; no copies."""
+    """The tensors, not copied, with the names and shapes of our GPT."""
     state = {}
     for key, w in tensors.items():
         name = WRAPPERS.sub("", key)
@@ -167,22 +169,22 @@ def gpt2_state(tensors: dict) -> dict:
             continue
         if name in state:
             raise ValueError(f"it holds {name} twice")
-        state[name] = w.t() if name.endswith(CONV1D) else w  # GPT-2's have the shape (in, out)
+        state[name] = w.t() if name.endswith(CONV1D) else w  # GPT-2 stores (in, out)
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
-        raise ValueError("its head differs from its embedding; GPT-2's is the same matrix")
+        raise ValueError("its head differs from its embedding; in GPT-2 they are one matrix")
     return state
 
 
 def with_weights(make: Callable[[], torch.nn.Module], state: dict) -> torch.nn.Module:
-    """make()'s model with copies of these tensors in float32. ValueError names the first that is
+    """make()'s model with copies of these tensors in float32. ValueError names a tensor that is
     missing, unknown, of another shape or not finite."""
-    with torch.device("meta"):  # no weights to draw that the tensors replace
+    with torch.device("meta"):  # draws no weights, since the tensors replace them
         model = make()
     others, filled = state.keys() - model.state_dict().keys(), {}
     for key, p in model.state_dict().items():
         if key not in state:
-            raise ValueError(f"it has no {key}, which should have shape {tuple(p.shape)}")
+            raise ValueError(f"it has no {key}, wanted with shape {tuple(p.shape)}")
         w = state[key]
         if w.shape != p.shape or not w.is_floating_point():
             raise ValueError(f"{key} should have shape {tuple(p.shape)} and hold floats, got "
@@ -192,17 +194,18 @@ def with_weights(make: Callable[[], torch.nn.Module], state: dict) -> torch.nn.M
             raise ValueError(f"{key} holds NaN or infinite numbers")
         filled[key] = w
     if others:
-        raise ValueError(f"{len(others)} weights that this model does not have, among them "
+        raise ValueError(f"it has {len(others)} weights that this model does not have, among them "
                          f"{min(others)}")
     model.load_state_dict(filled, assign=True)
     return model
 
 
 def linked_sha256(url: str) -> str | None:
-    """The SHA-256 that huggingface.co names where it redirects to a file; None if there is none."""
+    """The SHA-256 of a file, which huggingface.co sends with its redirect; None if it sends none.
+    """
     class Stay(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, *args):
-            return None  # the answer is then an HTTPError
+            return None  # then open() raises the redirect as an HTTPError
 
     try:
         urllib.request.build_opener(Stay).open(urllib.request.Request(url, method="HEAD"), None, 60)
@@ -213,13 +216,13 @@ def linked_sha256(url: str) -> str | None:
 
 
 def download(name: str, path: Path) -> None:
-    """GPT-2's model.safetensors at `path`, which is there only if the whole file came."""
+    """Downloads GPT-2's model.safetensors to `path`, where it appears only when it is whole."""
     if path.exists():
         return
     url, remedy = GPT2_URL.format(name=name, file=path.name), \
         f"put {path.name} of {name} into {path.parent}"
     fetch(url, path, remedy, linked_sha256(url))
-    try:  # without a checksum, a hotel's login page would pass for the file
+    try:  # without a checksum the file could be a network's login page
         with reading(url, f"try again, or {remedy}"):
             read_safetensors(path)
     except UserError:
@@ -227,20 +230,20 @@ def download(name: str, path: Path) -> None:
         raise
 
 
-# ------------------------------------------------------------------------------ out
+# ------------------------------------------------------------------------------ writing
 
 def export(model: torch.nn.Module, tokens: list[bytes], folder: Path) -> None:
-    """A new folder for AutoModelForCausalLM and AutoTokenizer. UserError where it holds a file."""
+    """Makes a folder for AutoModelForCausalLM and AutoTokenizer. UserError if it holds a file."""
     with reading(folder, "give another folder"):
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: give a new folder")
     save(model, folder)
     save_tokenizer(tokens, folder, model.config.n_ctx)
-    print(f"{folder}: for AutoModelForCausalLM and AutoTokenizer of transformers")
+    print(f"wrote {folder}: AutoModelForCausalLM and AutoTokenizer of transformers read it")
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write model.safetensors and config.json, for AutoModelForCausalLM.from_pretrained."""
+    """Writes model.safetensors and config.json, for AutoModelForCausalLM.from_pretrained."""
     folder, c = Path(folder), model.config
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +259,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
                                             data_offsets=[offset, offset + 4 * p.numel()])
         offset += 4 * p.numel()
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # tensors start on 8 bytes
+    head += b" " * (-len(head) % 8)  # tensors start at multiples of 8
     write_whole(folder / "model.safetensors", lambda file: file.writelines(
         [struct.pack("<Q", len(head)), head, *(blob.numpy() for blob in blobs)]))
     save_json(folder / "config.json", config, indent=1)

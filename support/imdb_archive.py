@@ -1,7 +1,7 @@
-"""Stanford's Large Movie Review Dataset as people have it: an archive, a folder, or a download.
+"""Reads Stanford's Large Movie Review Dataset from an archive, a folder, or a download.
 
-Nothing is unpacked. Pipes, links inside an archive and files too large for a review are refused
-before they are read.
+Nothing is unpacked. Pipes, links inside an archive, and files that are too large for a review are
+refused before they are read.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from support.tokenizer_files import MAX_CHARS
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-# of a .tar.xz of the same reviews
+# the SHA-256 of a .tar.xz with the same reviews
 RECOMPRESSED = "4a35065d8b3384e39f4a880d8dcfd2a12b4077bd62647bcc817273750807a2a2"
-REVIEWS = "ed80e13dabafdb39"  # what reviews_hash says of both, and of their unpacked folder
+REVIEWS = "ed80e13dabafdb39"  # reviews_hash of both archives, and of the unpacked folder
 REMEDY = f"set IMDB_PATH to a copy of {URL} or to its unpacked folder"
 FOLDERS = {"test/pos": ("test", 1, 12_500), "test/neg": ("test", 0, 12_500),
            "train/pos": ("train", 1, 12_500), "train/neg": ("train", 0, 12_500),
            "train/unsup": ("unsup", None, 50_000)}  # split, label, number of reviews
 NAME = re.compile(rf"(?:^|/)({'|'.join(FOLDERS)})/([0-9]{{1,5}})_[0-9]{{1,2}}\.txt$")
-REVIEW, ARCHIVE = MAX_CHARS, 2**30  # bytes: no review has more, and no archive when decompressed
+REVIEW, ARCHIVE = MAX_CHARS, 2**30  # largest size in bytes: of a review, a decompressed archive
 
 
 def reviews_hash(path: Path) -> str:
-    """Names what is at `path`: a folder by its reviews, an archive by its bytes, unless it is known
-    to hold the official reviews."""
+    """A hash of what is at `path`: of a folder's reviews, or of an archive's bytes. The official
+    reviews have the hash REVIEWS in a folder and in the two known archives."""
     with reading(path, REMEDY):
         if path.is_dir():
             digest = hashlib.sha256()
@@ -41,8 +41,8 @@ def reviews_hash(path: Path) -> str:
 
 def read_reviews(path: Path, folders: dict[str, tuple], progress: Callable[[str], object]
                  ) -> dict[str, list[bytes]]:
-    """Every folder's reviews in the order of their IDs, as many as the last item of `folders` says;
-    train/unsup may be empty."""
+    """Every folder's reviews in the order of their IDs. UserError unless each folder has as many as
+    the last item of its entry in `folders`; train/unsup may be empty."""
     found: dict[str, dict[int, bytes]] = {folder: {} for folder in folders}
     for folder, number, content in reviews(path):
         if number in found[folder]:
@@ -59,9 +59,9 @@ def read_reviews(path: Path, folders: dict[str, tuple], progress: Callable[[str]
 
 
 def reviews(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(folder, ID, content) of every review; a folder's in the order of their names.
+    """(folder, ID, content) of every review. Those of a folder come in the order of their names.
 
-    UserError for what cannot be read or is too large, and where a review is no regular file.
+    UserError for a review that cannot be read, is too large, or is not a regular file.
     """
     with reading(path, REMEDY):
         if path.is_dir():
@@ -86,7 +86,7 @@ def reviews(path: Path) -> Iterator[tuple[str, int, bytes]]:
 
 
 class Header(tarfile.TarInfo):
-    """A member's header, checked before tarfile reads what it announces."""
+    """A member's header. Its size is checked before tarfile reads that many bytes."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Header":
@@ -101,13 +101,13 @@ def check_size(name: object, size: int, most: int) -> None:
 
 
 def download(cache: Path, progress: Callable[[str], object] = print) -> Path:
-    """Stanford's archive in `cache`, fetched by the first call; UserError if it is another file."""
+    """Stanford's archive in `cache`. The first call downloads it. UserError for another file."""
     archive = cache / "aclImdb_v1.tar.gz"
     again = "delete it, and the same command downloads it again"
     with reading(archive, again):
         if archive.exists():
             if reviews_hash(archive) != REVIEWS:
-                raise UserError(f"{archive} is damaged, its SHA-256 is not {SHA256}: {again}")
+                raise UserError(f"{archive} is damaged: its SHA-256 is not {SHA256}; {again}")
             return archive
     progress(f"downloading {URL} (84 MB) to {archive}")
     fetch(URL, archive, REMEDY, SHA256)

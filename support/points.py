@@ -1,6 +1,6 @@
-"""What the figures read: the points of a frontier.jsonl, the steps and evaluations of a dpo run.
+"""Reads for the figures: the points of a frontier.jsonl, the steps and evaluations of a run.
 
-Numbers and names are checked as they are read, so that no figure has to. Needs no torch.
+Numbers and names are checked here, so that no figure needs to check them. It needs no torch.
 """
 
 import json
@@ -14,33 +14,34 @@ from support.runs import UserError, first_ten, read_json, read_rows, reading
 KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
         "kl_mc_se length eos distinct2 repetition grammatical ref_ppl win ess "
         "seconds samples rewards kls").split()  # of every line of frontier.jsonl
-HUGE = 1e39  # more than a float32 holds: no run has logged it
+HUGE = 1e39  # more than a float32 holds, so no run has logged it
 
 
 def number(x, low: float = -HUGE) -> float:
-    """x. ValueError where it is a text, a boolean, NaN or out of range: low to HUGE."""
+    """x itself. ValueError if it is a text, a boolean, NaN, or not from low to HUGE."""
     if type(x) not in (int, float) or not low <= x <= HUGE:
         raise ValueError(f"{x!r} is no number from {low:g} to {HUGE:g}")
     return x
 
 
 def numbers(values: dict, keys: Sequence[str]) -> dict:
-    """Some of the values. KeyError or ValueError where one is no number, or a standard error below
-    0. None, where there is no such measure, stays."""
+    """The values of these keys. KeyError or ValueError if one is no number, or is a negative
+    standard error. None means that there is no such measure, and is kept."""
     return {key: x if (x := values[key]) is None else number(x, 0 if key.endswith("_se") else -HUGE)
             for key in keys}
 
 
 def setting_value(setting: str) -> float:
-    """0.1 of "beta=0.1" and of "beta=0.1 rate=0.0007"; 0 for a method that has no setting."""
+    """0.1 for "beta=0.1" and for "beta=0.1 rate=0.0007"; 0 for a method without a setting."""
     return float(setting.partition("=")[2].partition(" ")[0] or 0)
 
 
 def read_points(path: Path) -> list[dict]:
-    """The points of a frontier.jsonl, or of the one in a folder, in the file's order.
+    """The points of a frontier.jsonl, or of the one in a folder, in the order of the file.
 
-    Skips lines without a point, and points whose preset or number of prompts is not that of most;
-    one sentence on stderr names the lines. UserError without a file or any point.
+    Skips lines that hold no point, and points whose preset or number of prompts differs from that
+    of most points. A sentence on stderr names the skipped lines. UserError if there is no file, or
+    no point in it.
     """
     remedy = "run `python train.py --stage frontier`"
     with reading(path):
@@ -72,15 +73,16 @@ def point_of(line: bytes) -> dict | None:
         whole = point.keys() >= set(KEYS) and len(point["rewards"]) == len(point["kls"]) > 1
         whole &= 0 <= (point["win"] or 0) <= 1
         for name in (point[key] for key in "preset model method setting".split()):
-            whole &= len(name) < 100 and name.isprintable() and "$" not in name  # begins a formula
+            whole &= len(name) < 100 and name.isprintable() and "$" not in name  # $: a formula
         return point if whole else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
 def read_curves(folder: Path, reference_json: Path,
-                keys: Sequence[str]) -> tuple[list[dict], list[dict]]:
-    """The steps of a dpo run, each with a number for all of `keys`, and its evaluations.
+                keys: Sequence[str]) -> tuple[list[dict], list[dict], list[dict]]:
+    """The steps of a run, with a number for each of `keys`; its evaluations; and in the order of KL
+    the points of the optimum that have at least 2 effective samples per prompt.
 
     reference_json: the groups' file, whose point is the evaluation at step 0. UserError where the
     folder holds no such run, or a file is damaged.
@@ -88,15 +90,17 @@ def read_curves(folder: Path, reference_json: Path,
     path, measures = folder / "metrics.jsonl", "kl kl_se reward reward_se".split()
     rows = read_rows(path)
     steps = [row for row in rows if "eval" not in row]
-    if not steps or "weight_50" not in steps[0]:
+    if not steps or keys[-1] not in steps[0]:
         raise UserError(f"{folder} holds no run of dpo: give the folder of one, or a frontier's")
     with reading(reference_json):
-        start = numbers(read_json(reference_json)["point"], measures)
-        evals = [start | dict(step=0, accuracy=None)]
+        reference = read_json(reference_json)
+        evals = [numbers(reference["point"], measures) | dict(step=0, accuracy=None)]
+        optimum = [numbers(p, ("kl", "reward", "ess")) for p in reference["optimum"]]
+        optimum = sorted((p for p in optimum if p["ess"] >= 2), key=lambda p: p["kl"])
     with reading(path):
-        evals += [numbers(row["eval"] | dict(step=row["step"] + 1), ["step", "accuracy", *measures])
-                  for row in rows if "eval" in row]
+        evals += [numbers(dict(accuracy=None) | row["eval"] | dict(step=row["step"] + 1),
+                          ["step", "accuracy", *measures]) for row in rows if "eval" in row]
         for row in steps:
             for key in keys:
                 number(row[key])
-    return steps, evals
+    return steps, evals, optimum

@@ -1,20 +1,21 @@
-"""Preference files as people have them, to texts and their token ids.
+"""Reads preference files in many forms, and gives their texts and token ids.
 
-A file is JSON lines or one JSON array, gzipped or not. Each row has one of the forms that TRL
-reads; other keys are ignored.
+A file is JSON lines or one JSON array, gzipped or not. Each row has our form or one of the forms
+that TRL reads; other keys are ignored.
 
-    ours           {"prompt", "completions", "rewards", "prompt_ids", "completion_ids"}; without the
-                   ids the texts are tokenised; without rewards, completions stand best first
+    ours           {"prompt", "completions", "rewards", "prompt_ids", "completion_ids"}. Without ids
+                   the texts are tokenised. Without rewards the completions stand from best to worst
     pairs          {"prompt", "chosen", "rejected"}
     whole texts    {"chosen", "rejected"}: the prompt ends with the last MARK that both share
-                   (Anthropic-HH). Where neither has one, it is the words that both begin with
-    conversations  "chosen" and "rejected" are lists of {"role", "content"}; they become texts in
+                   (Anthropic-HH). If neither has a MARK, the prompt is the words that both share at
+                   their start
+    conversations  "chosen" and "rejected" are lists of {"role", "content"}. They become texts in
                    HH's form, "\\n\\nHuman: ...\\n\\nAssistant: ...", where a system's turn begins
-                   with "\\n\\nSystem:". "prompt" may be such a list, or a text: the user's turn.
-                   Chosen and rejected may begin with the prompt themselves (UltraFeedback)
+                   with "\\n\\nSystem:". "prompt" may be such a list, or the text of a user's turn.
+                   Chosen and rejected may also begin with the prompt (UltraFeedback)
 
-<|endoftext|> at the start of a prompt or at the end of a completion is the token that we put there,
-not a second one. Inside a text it is ordinary text.
+This code puts the token <|endoftext|> before each prompt and after each completion. Where a text
+spells it there already, it is not added a second time. Elsewhere in a text it is ordinary text.
 """
 
 import gzip
@@ -51,16 +52,16 @@ class Row(NamedTuple):
 
 
 def want(ok: Any, wrong: str, got: Any = None) -> None:
-    """UserError(wrong, and the start of what was got) unless it is so."""
+    """UserError(`wrong`, and the start of what was got) unless `ok`."""
     if not ok:
         raise UserError(wrong if got is None else f"{wrong}: {got!r:.60}")
 
 
 def read_preferences(path: Path | str) -> tuple[list[Row], Counter[str]]:
-    """The rows to learn from, all of one K, and how many were left out by reason.
+    """The rows to learn from, all with the same K, and the number of rows left out, by reason.
 
-    UserError for malformed rows, all in one sentence, and where no row is left. It needs no
-    tokenizer, so a command can check the file first.
+    UserError for malformed rows, all in one sentence, and if no row is left. It needs no tokenizer,
+    so a command can check the file first.
     """
     with reading(path):
         content = Path(path).read_bytes()
@@ -94,11 +95,12 @@ def read_preferences(path: Path | str) -> tuple[list[Row], Counter[str]]:
 
 def some_left(path: Path | str, left: Any, dropped: Counter[str]) -> None:
     want(left, f"{path} has no group to learn from (left out: {dict(dropped) or 'none'}); wanted "
-               "completions that differ, in reward too, and fit the context")
+               "completions that differ in text and in reward, and that fit into the context")
 
 
 def parse(item: Any, where: str) -> Row:
-    """item: bytes of JSON, or what they hold. UserError: what was got, if it is malformed."""
+    """The Row of an item, which is JSON as bytes, or already read. UserError if it is malformed,
+    Unusual if it is left out."""
     if isinstance(item, bytes):
         try:
             item = json.loads(item.decode())
@@ -125,7 +127,7 @@ def parse(item: Any, where: str) -> Row:
     want(isinstance(prompt, str), f"a prompt that is no text: {prompt!r:.40}")
     if rewards and len(set(map(np.float32, rewards))) < 2:
         raise Unusual("equal rewards")
-    if ids != [None, None]:  # a model sampled them: one may be empty, or equal to another
+    if ids != [None, None]:  # sampled by a model: completions may be empty or equal
         want(all(isinstance(y, list) for y in ids) and len(ids[1]) == len(texts) and all(
             isinstance(y, list) and set(map(type, y)) == {int} and min(y) >= 0
             for y in (ids[0], *ids[1])),
@@ -148,10 +150,10 @@ def without_end(text: str) -> str:
 
 
 def from_whole_texts(texts: list[str], item: dict) -> tuple[str, list[str]]:
-    """The prompt that chosen and rejected begin with, and what is left of each.
+    """The prompt with which chosen and rejected begin, and the rest of each.
 
-    Without MARK it ends where the last shared blank begins, for no token crosses that place. (TRL
-    ends it inside the first word that differs.)
+    Without MARK the prompt ends before the last space that both share, because no token crosses
+    that place. (TRL ends it inside the first word that differs.)
     """
     shared = os.path.commonprefix(texts)
     end = shared.rfind(MARK) + len(MARK)
@@ -160,22 +162,22 @@ def from_whole_texts(texts: list[str], item: dict) -> tuple[str, list[str]]:
             raise UserError(f"no prompt, but {key}: rename it to prompt")
         if any(MARK in text for text in texts):
             raise Unusual("no shared prompt")
-        *words, _ = (shared + "x").rsplit(None, 1)  # x: a blank at the end counts too
+        *words, _ = (shared + "x").rsplit(None, 1)  # x: a space at the end counts too
         end = len("".join(words))
     return texts[0][:end], [text[end:] for text in texts]
 
 
 def from_conversations(prompt: Any, sides: list[list]) -> tuple[str, list[str]]:
-    """The prompt and the answers of lists of messages, in HH's form."""
+    """The prompt and the two answers, in HH's form, from lists of messages."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    want(prompt is None or isinstance(prompt, list), "a prompt that is no text, no chat", prompt)
+    want(prompt is None or isinstance(prompt, list), "a prompt that is no text and no chat", prompt)
     before, *sides = ([render(m) for m in side] for side in (prompt or [], *sides))
     explicit = bool(before) and before[-1] not in os.path.commonprefix(sides)
-    if explicit:  # else chosen and rejected have the prompt too
+    if explicit:  # else chosen and rejected begin with the prompt
         answers = all("".join(side[:1]).startswith(MARK) for side in sides)
         if before[-1].startswith("\n\nHuman:") and not answers:
-            raise Unusual("a prompt that chosen and rejected do not have")
+            raise Unusual("chosen and rejected do not continue the prompt")
         sides = [before + side for side in sides]
     ends = [i for i in range(len(os.path.commonprefix(sides)) + 1)
             if all("".join(side[i : i + 1]).startswith(MARK) for side in sides)]
@@ -188,39 +190,39 @@ def from_conversations(prompt: Any, sides: list[list]) -> tuple[str, list[str]]:
 def render(message: Any) -> str:
     role, content = map(message.get, ("role", "content")) if isinstance(message, dict) else (0, 0)
     want(str(role) in NAMES and isinstance(content, str),
-         f"a message without a role of {', '.join(NAMES)}, or a text as content", message)
+         f"a message whose role is not {', '.join(NAMES)}, or whose content is no text", message)
     return f"\n\n{NAMES[role]}: {content}"
 
 
 def token_ids(path: Path | str, rows: list[Row], enc: tiktoken.Encoding) -> list[list]:
-    """[prompt, completions] of each row: its ids, or those of its texts between <|endoftext|>.
+    """[prompt, completions] of each row as ids: those of the row, or those of its texts.
 
-    UserError for ids that are not those of their texts.
+    UserError if the ids of a row do not spell its texts.
     """
-    found, bad, eot = [], [], enc.eot_token
+    all_ids, bad, eot = [], [], enc.eot_token
     for row in rows:
         texts = [row.prompt, *row.completions]
         if row.ids:
-            found.append(row.ids)
+            all_ids.append(row.ids)
             high = max(map(max, (row.ids[0], *row.ids[1])))
             if high >= enc.n_vocab:
                 bad.append(f"{row.where} (id {high} of a vocabulary of {enc.n_vocab})")
-            elif (said := decode(*row.ids, enc)) != texts:
-                pair = next(pair for pair in zip(said, texts) if pair[0] != pair[1])
-                at = max(0, len(os.path.commonprefix(pair)) - 9)  # shortly before they differ
-                bad.append("{} (ids of {!r:.40} beside {!r:.40})".format(
-                    row.where, *(text[at:] for text in pair)))
+            elif (decoded := decode(*row.ids, enc)) != texts:
+                pair = next(pair for pair in zip(decoded, texts) if pair[0] != pair[1])
+                start = max(0, len(os.path.commonprefix(pair)) - 9)  # shortly before they differ
+                bad.append("{} (ids of {!r:.40} for the text {!r:.40})".format(
+                    row.where, *(text[start:] for text in pair)))
         else:
             prompt, *completions = map(enc.encode_ordinary, texts)
-            found.append([[eot, *prompt], [[*y, eot] for y in completions]])
-    want(not bad, f"{path} has ids that are not those of their texts: {first_ten(bad)}; give the "
+            all_ids.append([[eot, *prompt], [[*y, eot] for y in completions]])
+    want(not bad, f"{path} has ids that do not spell their texts: {first_ten(bad)}; give the "
                   "--vocab that they were made with, or remove prompt_ids and completion_ids, so "
                   "that the texts are tokenised")
-    return found
+    return all_ids
 
 
 def decode(prompt: list[int], completions: list[list[int]], enc: tiktoken.Encoding) -> list[str]:
-    """The text of the prompt and of each completion, without <|endoftext|> around it."""
+    """The texts of the prompt and of each completion, without <|endoftext|> around them."""
     eot = enc.eot_token
     return [enc.decode(prompt[prompt[0] == eot :]),
             *(enc.decode(y[: len(y) - (y[-1] == eot)]) for y in completions)]

@@ -1,7 +1,7 @@
-"""Several processes as one run, as torchrun starts them: what is mine, and what all have together.
+"""One run in several processes, the ranks, which torchrun starts.
 
-A process started alone is rank 0 of a world of 1: then nothing here does anything. Each rank runs
-the same program on its share of the micro-batches and samples; rank 0 alone prints and writes.
+Each rank runs the same program on its share of the micro-batches and samples. Only rank 0 prints
+and writes. A process without torchrun is rank 0 of 1, and then these functions change nothing.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def from_torchrun(name: str, alone: int) -> int:
-    """The environment variable that torchrun has set; `alone` without torchrun."""
+    """The environment variable `name` that torchrun has set; `alone` without torchrun."""
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
@@ -26,20 +26,20 @@ LOCAL_RANK = from_torchrun("LOCAL_RANK", 0)  # the number of its GPU
 
 @functools.cache
 def store() -> Any:
-    """torchrun's store of keys and values, which all ranks reach."""
+    """torchrun's store of keys and values, which all ranks share."""
     import torch.distributed as dist
 
     return next(iter(dist.rendezvous("env://", RANK, WORLD)))[0]
 
 
 def start(cuda: bool) -> None:
-    """Joins the other ranks, of which rank 0 alone prints. A rank ends when torchrun is killed."""
+    """Joins the other ranks. Only rank 0 prints. A rank ends when torchrun is killed."""
     if WORLD == 1:
         return
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # the others wait as long as rank 0 may take to download or to encode
+    # a long timeout: the others wait while rank 0 downloads or encodes
     dist.init_process_group(backend, timeout=timedelta(hours=12), world_size=WORLD, rank=RANK,
                             store=store())
     if RANK:
@@ -48,7 +48,7 @@ def start(cuda: bool) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """From now on this process ends when the process with this id, its parent, is killed."""
+    """From now on this process ends when its parent, the process with this id, has ended."""
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
@@ -65,13 +65,13 @@ def stop() -> None:
 
 
 def share(parts: Sequence[Any]) -> Sequence[Any]:
-    """This rank's parts: every WORLD-th, from RANK on."""
+    """This rank's parts: number RANK, and every WORLD-th after it."""
     return parts[RANK::WORLD]
 
 
 def together(done: list[Any]) -> list[Any]:
-    """What all ranks have made of their shares, in the order of the parts. Tensors in it must be on
-    the CPU."""
+    """The results of all ranks, in the order of the parts. `done` has this rank's results, for its
+    share of the parts; tensors in it must be on the CPU."""
     if WORLD == 1:
         return done
     import torch.distributed as dist
@@ -91,13 +91,13 @@ def add_up(tensors: Sequence[Any]) -> None:
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Returns when every rank has called it."""
     together([])
 
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """A block that makes files where they are missing: the other ranks then find them."""
+    """For a block that makes missing files: rank 0 runs it first, and the others find the files."""
     if RANK:
         wait()
     yield
@@ -106,7 +106,7 @@ def rank_0_first() -> Iterator[None]:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has failed before, so that this one says why."""
+    """Whether no other rank has failed before. Then this rank prints its error."""
     try:
         return WORLD == 1 or store().add("failed", 1) == 1
     except Exception:  # torchrun is gone, and its store with it

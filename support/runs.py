@@ -1,9 +1,9 @@
-"""A run's folder: what makes a long computation safe to kill at any moment.
+"""A run's folder, which makes it safe to kill a long computation at any moment.
 
 A file is written whole or not at all (write_whole). A folder belongs to one identity, the hash of
-its settings and its parents (Run.finished). One process at a time works in it (flock). What is
-appended is cut back to the last checkpoint (Run.load_checkpoint). So the same command, run again,
-goes on where that checkpoint was. Imports torch only to save and load tensors.
+its settings and its parents (Run.finished). One process at a time works in it (flock). A log is cut
+back to the last checkpoint (Run.load_checkpoint). So the same command, run again, goes on from that
+checkpoint. This file imports torch only to save and load tensors.
 """
 
 import fcntl
@@ -25,24 +25,25 @@ from support import ranks
 
 
 class UserError(Exception):
-    """What the user can put right, in one sentence: what was got, what was wanted, what to run."""
+    """A mistake that the user can correct. Its sentence says what was got, wanted, and to be done.
+    """
 
 
 STOPPED = "\nstopped: run the same command again to go on"
 
 
 def main_exit(main: Callable[[], int | None]) -> int:
-    """The exit code of main(): 2 after a UserError, printed as one line; 130 after Ctrl-C; 1 where
-    nobody reads stdout any more, as after `| head`. Bugs keep a traceback. Of several ranks the
-    first that fails says why."""
+    """The exit code of main(): 2 after a UserError, which is printed as one line; 130 after Ctrl-C;
+    1 if nobody reads stdout any more, for example after `| head`. A bug keeps its traceback. If
+    several ranks fail, the first one prints its error."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before Python started
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")  # π on a terminal without it
+            getattr(sys, name).reconfigure(errors="replace")  # a terminal may lack π
     try:
         code = main() or 0
-        sys.stdout.flush()  # here a broken pipe is noticed at the latest
+        sys.stdout.flush()  # raises if the pipe is broken
         return code
     except (Exception, KeyboardInterrupt) as error:
         first, code = ranks.first_to_fail(), 1
@@ -59,7 +60,7 @@ def main_exit(main: Callable[[], int | None]) -> int:
         if first and said:
             print(said, file=sys.stderr, flush=True)
         if not first:
-            time.sleep(0.3)  # torchrun kills all when one ends: the first has printed by then
+            time.sleep(0.3)  # torchrun kills all ranks when one ends: let the first one print
         if ranks.WORLD > 1:
             sys.stdout.flush()
             os._exit(code)  # an ordinary end would wait for the other ranks
@@ -67,7 +68,7 @@ def main_exit(main: Callable[[], int | None]) -> int:
 
 
 def interrupted(kind: type, error: BaseException, trace: Any) -> None:
-    """For sys.excepthook: Ctrl-C before main() runs, while torch is imported."""
+    """For sys.excepthook: handles Ctrl-C before main() runs, while torch is imported."""
     if issubclass(kind, KeyboardInterrupt):
         print(STOPPED, file=sys.stderr)
     else:
@@ -75,14 +76,14 @@ def interrupted(kind: type, error: BaseException, trace: Any) -> None:
 
 
 sys.excepthook = interrupted
-RESTORE = "check the path, or restore the file; where a stage made it, delete that stage's " \
+RESTORE = "check the path, or restore the file; if a stage made it, delete that stage's " \
           "folder and run the same command again"
 
 
 @contextmanager
 def reading(path: Path | str, remedy: str = RESTORE) -> Iterator[None]:
-    """For a block that does nothing but read and understand a file: what goes wrong is the file's
-    fault, and becomes a UserError that ends with the remedy."""
+    """For a block that only reads and parses a file. Any error in it comes from the file, and
+    becomes a UserError that ends with the remedy."""
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise UserError(f"{path} is a pipe or a device, which may never end; {remedy}")
@@ -100,7 +101,7 @@ def reading(path: Path | str, remedy: str = RESTORE) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """The system's refusal to write (full disk, no permission ...) becomes a UserError."""
+    """An error while writing (full disk, no permission ...) becomes a UserError."""
     try:
         yield
     except OSError as error:
@@ -109,7 +110,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Also torch's errors: a class on a GPU, and words in a RuntimeError on a CPU."""
+    """Whether the error means that memory is full. On a CPU torch has no class for this error."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
         or "can't allocate memory" in str(error)
 
@@ -119,7 +120,7 @@ def first_line(error: object, width: int = 200) -> str:
 
 
 def first_ten(items: Sequence[Any]) -> str:
-    """The first ten, and how many more there are."""
+    """The first ten items as text, and how many more there are."""
     more = f" and {len(items) - 10:,} more" * (len(items) > 10)
     return ", ".join(map(str, items[:10])) + more
 
@@ -131,23 +132,23 @@ def save_json(path: Path, obj: Any, indent: int | None = None) -> None:
 
 
 def read_json(path: Path, remedy: str = RESTORE) -> Any:
-    """What save_json wrote. UserError where that is gone or damaged."""
+    """What save_json wrote. UserError if the file is missing or damaged."""
     with reading(path, remedy):
         return json.loads(path.read_bytes())
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, whatever the terminal's encoding is. UserError where it is gone."""
+    """A file's content, read as UTF-8 whatever the terminal uses. UserError without the file."""
     with reading(path):
         return path.read_bytes().decode(errors="replace")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to the first line that a kill or a power cut left torn."""
+    """The rows of a metrics.jsonl, up to the first line that a kill or a power cut damaged."""
     with reading(path):
         lines = path.read_bytes().split(b"\n")
     rows = []
-    for line in lines[:-1]:  # what follows the last newline is empty, or torn
+    for line in lines[:-1]:  # the part after the last newline is empty or incomplete
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -159,22 +160,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
-    """Calls write(file) so that path holds all of the new bytes or, at any kill, all of the old.
+    """Calls write(file). After a kill at any moment, path holds the old content or the new content.
 
-    UserError when the system refuses; the old file is then intact. Only rank 0 writes.
+    UserError if the file cannot be written; the old file is then unchanged. Only rank 0 writes.
     """
     if ranks.RANK:
         return
     path = Path(path)
-    # In the same folder: a rename is atomic only inside one filesystem. Not mkstemp, whose files
-    # only their owner may read.
+    # It is in the same folder because a rename is atomic only inside one file system. mkstemp is
+    # not used because only the owner may read its files.
     temporary = path.parent / f".{path.name[:200]}.{uuid.uuid4().hex}.tmp"
     with writing(path):
         clear_temporaries(path.parent)
         try:
             with open(temporary, "xb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # locked while it is written
-                if not temporary.exists():  # another process cleared it before it was locked
+                if not temporary.exists():  # another process removed it before it was locked
                     return write_whole(path, write)
                 write(file)
                 file.flush()
@@ -187,9 +188,9 @@ def write_whole(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
 
 def clear_temporaries(folder: Path) -> None:
     """Removes the temporary files of a write_whole that was killed."""
-    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):  # write_whole's names alone
+    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):  # only names that write_whole gives
         with suppress(OSError), open(leftover) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: being written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if it is written now
             leftover.unlink()
 
 
@@ -203,17 +204,17 @@ def sync(path: Path) -> None:
 
 
 def fetch(url: str, path: Path, remedy: str, sha256: str | None = None) -> None:
-    """Downloads url to path, where a file is only when all of it came and its SHA-256 is right."""
+    """Downloads url to path. The file appears only when it is whole and its SHA-256 is right."""
     from torch.hub import download_url_to_file
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{path.name}.*.partial"):
-            if leftover.stat().st_mtime < time.time() - 3600:  # of a download that was killed
+            if leftover.stat().st_mtime < time.time() - 3600:  # its download was killed
                 leftover.unlink()
     try:
         download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # Runtime: another hash
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: wrong hash
         raise UserError(f"cannot download {url} to {path} ({first_line(error)}); try again, or "
                         f"{remedy}") from error
 
@@ -230,17 +231,17 @@ def bytes_hash(content: bytes | memoryview) -> str:
 
 
 def json_hash(obj: Any) -> str:
-    """16 hex digits of the SHA-256 of obj as canonical JSON: the order of keys does not matter."""
+    """16 hex digits of the SHA-256 of obj as JSON. The order of keys does not matter."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"))
     return bytes_hash(text.encode())
 
 
 def tensor_bytes(obj: Any) -> memoryview:
-    """What torch.save writes. Equal states give equal bytes, so that their hash names a state."""
+    """What torch.save writes. Equal states give equal bytes, so their hash identifies a state."""
     import torch
 
-    # torch.save into a file reports a full disk as one of several exceptions, and writes the file's
-    # name, which would be a random one, into the archive.
+    # Not torch.save into the file: it would write the file's random temporary name into the
+    # archive, and report a full disk by several types of exception.
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     return buffer.getbuffer()
@@ -253,7 +254,7 @@ def save_tensors(path: Path | str, obj: Any) -> None:
 
 
 def load_tensors(path: Path | str, remedy: str = RESTORE) -> Any:
-    """What save_tensors wrote, on the CPU. UserError if missing, truncated or foreign."""
+    """What save_tensors wrote, on the CPU. UserError if the file is missing or damaged."""
     import torch
 
     with reading(path, remedy), open(path, "rb") as file:
@@ -264,16 +265,16 @@ def load_tensors(path: Path | str, remedy: str = RESTORE) -> Any:
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Makes the folder and holds its lock of this name: rank 0 does, for all ranks. UserError where
-    another process holds it."""
+    """Makes the folder and holds the lock of this name in it. Rank 0 does so for all ranks.
+    UserError if another process holds the lock."""
     if ranks.RANK:
         yield
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "ab")
-    # A file with a process id would outlive kill -9; a flock ends with its process. The file stays,
-    # since removing it would race.
+    # A file with a process id would remain after kill -9; a flock ends with its process. The lock
+    # file is never removed, because another process may be opening it.
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,9 +287,10 @@ def lock(folder: Path, name: str) -> Iterator[None]:
 class Run:
     """A folder with config.json, metrics.jsonl, resume.pt while unfinished, and `final` at the end.
 
-    settings and parents (name -> hash) are its identity; about (versions, device, command) is only
-    recorded. `if not run.finished:`, then `with run:` load_checkpoint, log and checkpoint, finish.
-    A folder with neither `final` nor resume.pt has nothing to lose: it begins again.
+    settings and parents (name -> hash) are its identity. about (versions, device, command) is only
+    recorded. Use: `if not run.finished:`, then inside `with run:` call load_checkpoint, log,
+    checkpoint and, at the end, finish. A folder without `final` and resume.pt holds nothing to
+    lose, so its run begins again.
     """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any], parents: dict[str, str],
@@ -307,8 +309,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether `final` is there. UserError on another identity, or where a file that the run
-        made has changed since."""
+        """Whether `final` exists. UserError if the folder has another identity, or if a file that
+        the run made has changed since."""
         if not self._mine() or not self._has(self.final):
             return False
         for name in {self.final: "", **self.files}:
@@ -320,13 +322,14 @@ class Run:
 
     @property
     def hash(self) -> str:
-        """Of all that later stages read of a finished run. Two files hold times: they are left out,
-        so that a run made again is the same parent."""
+        """The hash of all files of a finished run that later stages read. Two files hold times and
+        are left out, so that a run that is made again has the same hash."""
         timed = ("metrics.jsonl", "result.json")
         return json_hash({name: x for name, x in self.files.items() if name not in timed})
 
     def _mine(self) -> bool:
-        """Whether the folder holds something of this identity; False where nothing was made."""
+        """Whether the folder holds a result or checkpoint of this identity. UserError if it holds
+        one of another identity."""
         made = [name for name in (self.final, "resume.pt") if self._has(name)]
         if not made:
             return False
@@ -347,8 +350,8 @@ class Run:
         return True
 
     def __enter__(self) -> "Run":
-        """Locks the folder, checks its identity, and clears what an attempt left behind that
-        reached no checkpoint."""
+        """Locks the folder and checks its identity. Removes the files of an earlier attempt that
+        ended before its first checkpoint."""
         with ExitStack() as stack:
             stack.enter_context(lock(self.folder, ".lock"))
             if not self._mine() and not ranks.RANK:
@@ -368,10 +371,10 @@ class Run:
         save_json(self.path("config.json"), config, indent=1)
 
     def load_checkpoint(self, parts: dict[str, Any], steps: int) -> int:
-        """Puts the last checkpoint back into `parts`, each with state_dict and load_state_dict.
+        """Loads the last checkpoint into `parts`, which have state_dict and load_state_dict.
 
-        Returns the step to go on from, 0 without a checkpoint. Drops the rows of metrics.jsonl from
-        that step on, which will be logged again. UserError where the checkpoint does not fit.
+        Returns the step to go on from, 0 without a checkpoint. Removes the rows of metrics.jsonl
+        from that step on: they will be logged again. UserError if the checkpoint has other parts.
         """
         if self._has(self.final):
             raise UserError(f"{self.folder} was finished by another process in the meantime: run "
@@ -405,19 +408,19 @@ class Run:
         return read_rows(self.path("metrics.jsonl")) if self._has("metrics.jsonl") else []
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces resume.pt. state is all that going on needs; state["step"], the next step."""
+        """Replaces resume.pt. `state` holds all that is needed to go on from step state["step"]."""
         if not ranks.RANK:
             self._save("resume.pt", tensor_bytes(state))
 
     def finish(self, obj: Any) -> None:
         """Writes `final`, which marks the run finished, and only then removes resume.pt.
 
-        obj: a state for save_tensors, or the bytes of another format. config.json notes before it
-        the hashes of what the run has made, so that no later stage reads a file that has changed.
+        obj: a state for torch.save, or the bytes of another format. Before that, config.json gets
+        the hashes of the files that the run has made, so that later stages notice a changed file.
         """
         if ranks.RANK:
             ranks.wait()
-            self._mine()  # reads the hashes that rank 0 has noted
+            self._mine()  # reads the hashes that rank 0 wrote
             return
         content = obj if isinstance(obj, bytes) else tensor_bytes(obj)
         self.files = {path.name: file_hash(path) for path in sorted(self.folder.iterdir())
@@ -434,12 +437,12 @@ class Run:
         metrics = self.path("metrics.jsonl")
         if self._has("metrics.jsonl"):
             with writing(metrics):
-                sync(metrics)  # no checkpoint on the disk before the rows that it says were logged
+                sync(metrics)  # the rows reach the disk before the checkpoint that counts them
         write_whole(self.path(name), lambda file: file.write(content))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(name, old value, new value) wherever two dicts differ, as text."""
+    """(name, old value, new value) as text for each key in which two dicts differ."""
     for name in {**new, **old}:
         before, now = (json.dumps(d[name]) if name in d else "(absent)" for d in (old, new))
         if before != now:

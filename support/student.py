@@ -1,7 +1,7 @@
 """A student's own code: a weight for --weight, and functions that replace the core's.
 
-The core's module and its table of weights are arguments. Whatever that code raises is a UserError
-with file and line, before any training where that is possible.
+The core's module and its table of weights are arguments. Whatever a student's code raises becomes a
+CodeError with file and line, before any training where that is possible.
 """
 
 import functools
@@ -20,10 +20,17 @@ from torch import Tensor
 from support.runs import UserError, first_line, out_of_memory
 
 
+class CodeError(UserError):
+    """A mistake in a student's code."""
+
+    def __init__(self, message: str):
+        super().__init__(f"{message}; correct it, and run the same command again")
+
+
 @contextmanager
 def blame(path: str) -> Iterator[None]:
-    """What the code of a user's file raises in the block, sys.exit() included, is a UserError with
-    the line of that file, or of ours where the code broke it."""
+    """What a student's code raises in the block, sys.exit() included, becomes a CodeError. It names
+    the line in the student's file, or the line of ours that a wrong result made fail."""
     try:
         yield
     except UserError:
@@ -33,15 +40,14 @@ def blame(path: str) -> Iterator[None]:
             raise
         frames = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)]
         frames.append((getattr(error, "filename", None), getattr(error, "lineno", None)))  # syntax
-        mine = [(path, line) for name, line in frames if name == os.path.abspath(path)]
-        name, line = mine[-1] if mine else frames[-2]
-        raise UserError(f"with the code of {path}, {name}:{line} raised {type(error).__name__}: "
-                        f"{first_line(error)}; correct it, and run the same command again"
-                        ) from error
+        mine = [line for name, line in frames if name == os.path.abspath(path)]
+        where = f"{path}:{mine[-1]}" if mine else \
+            "with the code of {}, {}:{}".format(path, *frames[-2])
+        raise CodeError(f"{where} raised {type(error).__name__}: {first_line(error)}") from error
 
 
 def import_file(path: str) -> ModuleType:
-    """The module in a user's file. UserError when there is no file, or its code fails."""
+    """The module in a student's file. UserError if there is no file, or its code fails."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if not spec or not Path(path).is_file():
         raise UserError(f"cannot import {path}: there is no such Python file")
@@ -54,8 +60,8 @@ def import_file(path: str) -> ModuleType:
 def load_weight(spec: str, weights: Mapping[str, Callable]) -> Callable[[Tensor, float], Tensor]:
     """The weight (margin (N,), beta) -> (N,) of this name in `weights`, or of path.py:function.
 
-    UserError for an unknown name, a missing file or function, or a wrong signature. A user's
-    function is called once here, and checked at each call: UserError for what it raises, for a
+    UserError for an unknown name, a missing file or function, or a wrong signature. A student's
+    function is called once here, and checked at each call: CodeError for what it raises, for a
     wrong shape, and for a value that is not finite.
     """
     if spec in weights:
@@ -78,11 +84,11 @@ def load_weight(spec: str, weights: Mapping[str, Callable]) -> Callable[[Tensor,
             w = function(margin, beta)
         got = tuple(w.shape) if torch.is_tensor(w) else type(w).__name__
         if got != tuple(margin.shape):
-            raise UserError(f"{where} must return a tensor of the margin's shape "
+            raise CodeError(f"{where} must return a tensor of the margin's shape "
                             f"{tuple(margin.shape)}, got {got}")
         wrong = ~w.isfinite()
         if wrong.any():
-            raise UserError(f"{where} must return finite weights, got {w[wrong][0]:g} at margin "
+            raise CodeError(f"{where} must return finite weights, got {w[wrong][0]:g} at margin "
                             f"{margin[wrong][0]:g}")
         return w.to(margin)
 
@@ -111,8 +117,8 @@ def own_functions(module: ModuleType, path: str) -> dict[str, Callable]:
 
 
 def blamed(function: Callable, path: str) -> Callable:
-    """The function. With a path, what it raises is the fault of the student's file there: for the
-    student's own functions, and for those of ours that receive what these return."""
+    """The function. If there is a path, what the function raises is blamed on the student's file of
+    that path. It is for the student's functions, and for ours that receive what these return."""
     @functools.wraps(function)
     def call(*args, **kwargs):
         with blame(path):
@@ -123,7 +129,7 @@ def blamed(function: Callable, path: str) -> Callable:
 
 @contextmanager
 def own_code(module: ModuleType, path: str) -> Iterator[None]:
-    """In the block the functions of a student's file, if a path is given, replace the module's."""
+    """In the block, functions of the student's file, if there is a path, replace the module's."""
     ours = dict(vars(module))
     if path:
         vars(module).update((name, blamed(function, path))

@@ -1,7 +1,8 @@
 """Byte-level BPE in Hugging Face's files: vocab.json with merges.txt, or tokenizer.json.
 
-A tokenizer is here the list of its tokens, as bytes: a token's index is its id and its rank, and
-the next id is that of <|endoftext|>. GPT-2's is one, and so is each that data_imdb.py trains.
+In this file a tokenizer is the list of its tokens as bytes. The index of a token is its id and its
+rank, and <|endoftext|> has the next id after the last token. GPT-2's tokenizer has this form, and
+so have those that data_imdb.py trains.
 """
 
 import base64
@@ -11,10 +12,11 @@ from pathlib import Path
 from support.runs import RESTORE, reading, save_json, write_whole
 
 EOT = "<|endoftext|>"
-MAX_CHARS = 500_000  # of a text to encode: tiktoken panics at 999,999 blanks in a row
-KIND = "give a model whose tokenizer is of GPT-2's kind: byte-level BPE, its merges in the order " \
-       "of their ids, and <|endoftext|> after them"
-# The files hold text: each byte is a character, itself where that is printable and no space.
+MAX_CHARS = 500_000  # the longest text to encode: tiktoken fails at 999,999 spaces in a row
+KIND = "give a model whose tokenizer is of GPT-2's kind: byte-level BPE, with its merges in the " \
+       "order of their ids and <|endoftext|> after them"
+# The files hold text, with one character per byte: a printable byte is itself, another byte is one
+# of the characters from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 CHARS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(
     byte for byte in range(256) if byte not in PRINTABLE)}
@@ -27,9 +29,9 @@ def tokens_of(enc) -> list[bytes]:
 
 
 def read_tokenizer(folder: Path) -> list[bytes] | None:
-    """The tokens of a folder, None where it has no tokenizer. UserError for one of another kind.
+    """A folder's tokens, or None if it has no tokenizer. UserError for a tokenizer of another kind.
 
-    Tokens that were added after <|endoftext|> are left out: this code makes none of them of a text.
+    Tokens that were added after <|endoftext|> are left out: no text is encoded with them here.
     """
     if (folder / "bpe.tiktoken").exists():
         return read_tiktoken(folder / "bpe.tiktoken")
@@ -40,7 +42,7 @@ def read_tokenizer(folder: Path) -> list[bytes] | None:
             model, split = raw["model"], raw["pre_tokenizer"]
             if model.get("type", "BPE") != "BPE" or raw.get("normalizer") or \
                     split["type"] != "ByteLevel" or not split.get("use_regex", True):
-                raise ValueError("it is no byte-level BPE, or it splits texts in another way")
+                raise ValueError("it is not a byte-level BPE that splits texts as GPT-2's does")
             vocab = model["vocab"] | {token["content"]: token["id"]
                                       for token in raw.get("added_tokens", [])}
             return checked(vocab, model["merges"], split["add_prefix_space"])
@@ -57,23 +59,24 @@ def read_tokenizer(folder: Path) -> list[bytes] | None:
 
 
 def read_tiktoken(path: Path, remedy: str = RESTORE) -> list[bytes]:
-    """The tokens of the file that a run keeps: in each line one in base64, and its rank."""
+    """The tokens in a run's bpe.tiktoken. Each line holds a token in base64, and its rank."""
     with reading(path, remedy):
         tokens = [base64.b64decode(line.split()[0]) for line in path.read_bytes().splitlines()]
         if not {bytes([i]) for i in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
-            raise ValueError("a token is missing, or there twice")
+            raise ValueError("a token is missing, or is there twice")
     return tokens
 
 
 def save_tiktoken(tokens: list[bytes], path: Path) -> None:
-    """What read_tiktoken reads."""
+    """Writes the file that read_tiktoken reads."""
     lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)]
     write_whole(path, lambda file: file.writelines(lines))
 
 
 def checked(vocab: dict[str, int], merges: list, prefix_space: bool) -> list[bytes]:
-    """The tokens before <|endoftext|>. A merge is two names in a list, or in a text with a space.
-    ValueError where tiktoken, which knows the tokens alone, would make other ids of a text."""
+    """The tokens before <|endoftext|>. A merge is a list of two names, or both in one text with a
+    space between them. tiktoken knows the tokens but not the merges: ValueError if it would give a
+    text other ids."""
     if prefix_space:
         raise ValueError("it puts a space before every text")
     names = {i: name for name, i in vocab.items()}
@@ -87,7 +90,8 @@ def checked(vocab: dict[str, int], merges: list, prefix_space: bool) -> list[byt
 
 
 def save_tokenizer(tokens: list[bytes], folder: Path, n_ctx: int) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json, for AutoTokenizer.from_pretrained."""
+    """Writes vocab.json, merges.txt and tokenizer_config.json, for AutoTokenizer.from_pretrained.
+    """
     ranks = {token: i for i, token in enumerate(tokens)}
 
     def name(token: bytes) -> str:
@@ -105,7 +109,7 @@ def save_tokenizer(tokens: list[bytes], folder: Path, n_ctx: int) -> None:
 
 
 def split(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts that a token was merged from: BPE of its bytes, but for the last merge."""
+    """The two parts from which a token was merged: BPE of its bytes without the last merge."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [a + b for a, b in zip(parts, parts[1:])]

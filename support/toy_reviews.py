@@ -1,13 +1,13 @@
 """The embedded corpus: a seeded grammar of short film reviews whose sentiment is a known function.
 
-Knows nothing of tokens, models or training; needs the standard library alone. All text is our own.
-Three readings of one grammar, each an independent walk over the data below:
-    reviews      expands it, at random           n, seed -> texts
-    sentiment    scores any text, exactly        text -> r* = σ(κ · score)
-    grammatical  compiles it to one regular expression: which sentences are in the language?
-What a text is worth: every polar word counts its strength; an intensifier before it scales by 1.5;
-"not" before it scales by -0.7; a clause before "but", or after "although", counts half. The score
-is the sum over the whole text.
+This file knows nothing about tokens, models or training, and needs only the standard library. All
+text is our own. Three functions read the same grammar independently:
+    reviews      expands it at random: n, seed -> texts
+    sentiment    scores any text exactly: text -> r* = σ(κ · score)
+    grammatical  compiles it to a regular expression: which sentences are in the language?
+The score of a text is a sum. Each polar word adds its strength, with its sign. An intensifier
+before it multiplies that by 1.5, "not" before it by -0.7. A clause before "but", or after
+"although", counts half.
 """
 
 import argparse
@@ -19,12 +19,13 @@ import statistics
 import textwrap
 from functools import cache
 
-KAPPA = 1.0          # r* = σ(κ · score): a monotone rescale, so it moves no preference label
+KAPPA = 1.0          # r* = σ(κ · score) is monotone: no κ changes which of two texts is preferred
 INTENSIFIED, NEGATED, LESSER = 1.5, -0.7, 0.5
 INTENSIFIERS = "truly really thoroughly genuinely simply".split()
 
-# The polar symbols: +1 and -1 name their two pools. A starred word carries the sentiment and
-# occurs nowhere else in the grammar. Adjectives and verdicts fit after "a": none needs "an".
+# The polar symbols. Each has a pool of good phrases (+1) and one of bad phrases (-1). A starred
+# word carries the sentiment and occurs nowhere else in the grammar. Adjectives and verdicts can
+# follow "a": none needs "an".
 STRENGTH = {"adjective": 0.8, "superlative": 1.3, "verdict": 1.1, "verb": 1.0, "feeling": 0.9}
 POLAR = {
     "adjective": {
@@ -50,9 +51,9 @@ POLAR = {
              "I was *asleep within minutes", "I *wasted a whole evening"]},
 }
 
-# All the rest. {symbol} is expanded with the sentence's polarity, {-symbol} with the opposite one;
-# {symbol:x} multiplies its worth by x. A template listed k times is k times as likely. No symbol
-# leads back to itself, so the language is finite and one regular expression can hold it.
+# All other symbols. {symbol} is expanded with the sentence's polarity, {-symbol} with the opposite
+# one; {symbol:x} multiplies its score by x. A template that is listed k times is k times as likely.
+# No symbol contains itself, so the language is finite and one regular expression can describe it.
 START = ("opener", "body", "closer")         # what may stand as a sentence
 GRAMMAR = {
     "opener": 7 * ["{fact}"] + 3 * ["{judgement}"],
@@ -120,8 +121,8 @@ GRAMMAR = {
     "count": "first third fourth fifth latest".split(),
 }
 
-# Words that no review has, to prompt with: symbols that replace the grammar's. The polar words are
-# the same, so the score stays exact. Lists have single words, none of which needs "an".
+# Words for prompts that no review contains. These symbols replace those of the grammar. The polar
+# words are the same, so the score is still exact. The lists hold single words; none needs "an".
 UNSEEN = {
     "unseen words": {
         "shade": "Broken Golden Frozen Winter Purple Copper Scarlet Burning Stolen Savage".split(),
@@ -148,16 +149,17 @@ UNSEEN = {
         "room": "terrace lobby pool kitchen shower mattress bathroom garage".split()},
 }
 
-LEXICON = {word: sign * STRENGTH[symbol]     # polar word -> what it is worth by itself
+LEXICON = {word: sign * STRENGTH[symbol]     # polar word -> its score without modifiers
            for symbol, pools in POLAR.items() for sign, phrases in pools.items()
            for word in re.findall(r"\*(\w+)", " ".join(phrases))}
 
 
-# --- Expansion: from the grammar to a text, and what was meant by it ---------------------------
+# --- Expansion: from the grammar to a text and its intended score ------------------------------
 
 @cache
 def parse_template(template: str) -> tuple[str, list[tuple[str, int, float, str]]]:
-    """Head text, then for every slot: symbol, sign (-1 flips), factor, and the text after it."""
+    """The text before the first slot, and for each slot: symbol, sign, factor, the text after it.
+    """
     head, *rest = re.split(r"\{(-?)(\w+):?([-.\d]*)\}", template.replace("*", ""))
     slots = zip(rest[0::4], rest[1::4], rest[2::4], rest[3::4])
     return head, [(symbol, -1 if minus else 1, float(factor or 1), tail)
@@ -166,41 +168,42 @@ def parse_template(template: str) -> tuple[str, list[tuple[str, int, float, str]
 
 def expand(symbol: str, sign: int, rng: random.Random, used: set[str],
            grammar: dict[str, list[str]] = GRAMMAR) -> tuple[str, float]:
-    """A random text of `symbol` leaning to `sign` (+1, -1), and the score of the choices made.
+    """A random text of `symbol` with polarity `sign` (+1 or -1), and its intended score.
 
-    `used` holds the words and judgements that the review has already: it repeats none.
+    `used` holds the words and judgements that the review has already. They are not used again
+    while there are others.
     """
     if symbol in POLAR:
-        options, meant = POLAR[symbol][sign], sign * STRENGTH[symbol]
+        options, intended = POLAR[symbol][sign], sign * STRENGTH[symbol]
     else:
-        options, meant = grammar[symbol], 0.0
+        options, intended = grammar[symbol], 0.0
     options = [option for option in options if option not in used] or options
-    # random() alone draws the same numbers in every Python version; choice() need not
+    # random() draws the same numbers in every Python version; choice() may not
     option = options[int(rng.random() * len(options))]
     text, slots = parse_template(option)
     if symbol in POLAR or not slots:
         used.add(option)
     for child, flip, factor, tail in slots:
-        words, worth = expand(child, sign * flip, rng, used, grammar)
+        words, value = expand(child, sign * flip, rng, used, grammar)
         text += words + tail
-        meant += factor * worth
-    return text, meant
+        intended += factor * value
+    return text, intended
 
 
 def compose(rng: random.Random) -> tuple[str, float]:
     """One review and its intended score: an opener, one or two body sentences, perhaps a closer.
 
-    The review draws a leaning p, near 0 or 1 more often than between, and each sentence is positive
-    with probability p. A closer sums up: it is positive if p > 1/2.
+    A review draws a number p, which is often near 0 or 1. Each sentence is positive with
+    probability p. A closer sums up the review: it is positive if p > 1/2.
     """
-    leaning = math.sin(math.pi / 2 * rng.random()) ** 2
+    p = math.sin(math.pi / 2 * rng.random()) ** 2
     parts = ["opener", "body"] + ["body"] * (rng.random() < 0.5) + ["closer"] * (rng.random() < 0.6)
     sentences, total, used = [], 0.0, set()
     for part in parts:
-        positive = leaning > 0.5 if part == "closer" else rng.random() < leaning
-        text, meant = expand(part, 1 if positive else -1, rng, used)
+        positive = p > 0.5 if part == "closer" else rng.random() < p
+        text, intended = expand(part, 1 if positive else -1, rng, used)
         sentences.append(text[0].upper() + text[1:])
-        total += meant
+        total += intended
     return " ".join(sentences), total
 
 
@@ -211,23 +214,24 @@ def reviews(n: int, seed: int) -> list[str]:
 
 
 def dialogue(rng: random.Random) -> dict[str, str]:
-    """A preference in Anthropic-HH's form: a human asks once or twice about a film, and the answer
-    is a review without its opener. Of two answers the one of higher score is chosen."""
-    def some(symbol):
+    """A preference in Anthropic-HH's form: a human asks once or twice about a film. An answer is a
+    review without its opener. Of two answers, the one with the higher score is chosen."""
+    def random_text(symbol):
         return expand(symbol, 1 if rng.random() < 0.5 else -1, rng, set())[0]
 
     ask = "\n\nHuman: How was {}?\n\nAssistant:".format
-    shared = ask(f"{some('title')} by {some('person')}") if rng.random() < 0.5 else \
-        ask(some("title")) + f" It was {some('adjective')}." + ask(f"the {some('aspect')}")
+    shared = ask(f"{random_text('title')} by {random_text('person')}") if rng.random() < 0.5 else \
+        (ask(random_text("title")) + f" It was {random_text('adjective')}."
+         + ask(f"the {random_text('aspect')}"))
     worse, better = sorted((" " + compose(rng)[0].partition(". ")[2] for _ in range(2)), key=score)
     if score(worse) == score(better):
         return dialogue(rng)
     return {"chosen": shared + better, "rejected": shared + worse}
 
 
-# --- The score: from any text, whoever wrote it, to what it is worth ---------------------------
+# --- The score of any text ---------------------------------------------------------------------
 
-SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+")      # up to its end mark, or a truncated last one
+SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+")      # ends with . ! ? or with the text
 ALTHOUGH = re.compile(r"\balthough\b[^,]*")
 POLAR_WORD = re.compile(rf"\b(not )?((?:{'|'.join(INTENSIFIERS)}) )?({'|'.join(LEXICON)})\b")
 
@@ -245,15 +249,15 @@ def score(text: str) -> float:
         start, end = although.span() if although else (0, 0)
         for match in POLAR_WORD.finditer(sentence):
             negation, intensifier, word = match.groups()
-            worth = LEXICON[word]
+            value = LEXICON[word]
             if intensifier:
-                worth *= INTENSIFIED
+                value *= INTENSIFIED
             if negation:
-                worth *= NEGATED
+                value *= NEGATED
             if match.start() < but or start <= match.start() < end:
-                worth *= LESSER
-            total += worth
-    return round(total, 6) + 0.0     # equal scores must tie in any order of summing; no -0.0
+                value *= LESSER
+            total += value
+    return round(total, 6) + 0.0     # equal sums are equal in any order of terms; no -0.0
 
 
 def sentiment(text: str) -> float:
@@ -281,26 +285,26 @@ def pattern(symbol: str, capital: bool = False) -> str:
 
 @cache
 def language() -> re.Pattern[str]:
-    """One sentence of the language. Compiled at the first call: it takes a moment."""
+    """A regular expression for one sentence. The first call compiles it, which takes a moment."""
     return re.compile("|".join(pattern(symbol, capital=True) for symbol in START))
 
 
 def grammatical(text: str) -> tuple[int, int]:
-    """(sentences in the language, sentences). Good or bad, any polar word fits a polar slot.
+    """(number of sentences in the language, number of sentences). Polarity does not matter here.
 
-    A sentence ends at . ! or ?; a last one that was cut off is not in the language.
+    A sentence ends at . ! or ?; a last sentence that was cut off is not in the language.
     """
     sentences = [s.strip() for s in SENTENCE.findall(text) if s.strip()]
     return sum(bool(language().fullmatch(s)) for s in sentences), len(sentences)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print n reviews from worst to best, then how the reward is spread over many."""
+    """Print n reviews from worst to best, then a histogram of r* over 2,000 reviews."""
     parser = argparse.ArgumentParser(description="Print toy reviews and their true sentiment.")
     parser.add_argument("-n", type=int, default=5, help="how many reviews (5)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other reviews (0)")
-    parser.add_argument("--dialogues", type=int, default=0, metavar="N", help="print N preferences "
-                        "between answers to a question about a film instead, as JSON lines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the reviews (0)")
+    parser.add_argument("--dialogues", type=int, default=0, metavar="N", help="in place of reviews "
+                        "print N preferences between answers about a film, as JSON lines")
     args = parser.parse_args(argv)
     if args.dialogues:
         rng = random.Random(args.seed)

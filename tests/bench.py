@@ -1,5 +1,5 @@
-"""Speed beside installed peers, in one run: DPO against TRL, sampling and LM training against
-transformers. A program, not a test.
+"""Compares speeds in one run: DPO with TRL, sampling and LM training with transformers. This is a
+program, not a test.
 
     pip install -r requirements.txt -r requirements-bench.txt
     python tests/bench.py                       # every row: half an hour on one core, 21 GB
@@ -11,9 +11,10 @@ same in bf16), dpo-official (the loop of the authors' code, with transformers' m
 (`generate` as it is), sample-cdf (`generate` with torch.multinomial replaced by an inverse CDF),
 and lm.
 
-Float32 but for dpo-bf16, one thread, GPT-2's vocabulary, equal weights and data on both sides,
-which take turns. A number is the median of its turns, in seconds of CPU, so that a busy machine's
-other work does not count. Each row prints ours, theirs, their ratio and the target.
+All rows are in float32 except dpo-bf16, with one thread and GPT-2's vocabulary. Both sides have
+equal weights and data, and take turns. A number is the median over the turns, in seconds of CPU
+time, so that other programs do not count. Each row prints our rate, the peer's, their ratio and the
+target.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-# glibc gives a large tensor's memory back to the system at every free, and then clears its pages
-# again at the next use. With big logits that slows the peers up to threefold and would flatter us;
-# so both sides run in a process that keeps its memory. Read at a process's start: hence the exec.
+# glibc returns the memory of a large tensor to the system when it is freed. The next use clears the
+# pages again. With big logits the peers would be up to three times slower, which is not fair: so
+# both sides run in a process that keeps its memory. The variables are read when a process starts,
+# so main() starts this program again.
 SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40),
             "MALLOC_TOP_PAD_": str(2**26), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -38,7 +40,7 @@ SIZES = {"small": dict(n_layer=4, n_head=4, n_embd=128),
 TARGETS = {"dpo-small": 9.0, "dpo-fast-small": 7.0, "dpo-bf16-small": 7.0,
            "dpo-official-small": 6.0, "sample-small": 4.0, "sample-cdf-small": 1.2, "lm-small": 1.0,
            "dpo-124M": 4.5, "sample-124M": 1.5, "lm-124M": 1.0}
-BETA, LR = 0.1, 1e-6  # of every DPO row
+BETA, LR = 0.1, 1e-6  # in every DPO row
 UNITS = {"dpo": "pairs/s", "sample": "new tokens/s", "lm": "tokens/s"}
 
 
@@ -57,7 +59,7 @@ def models(size: str, folder: Path):
 
 
 def turns(ours, theirs, n: int) -> tuple[list[float], list[float]]:
-    """Seconds of n calls of each, in turn, after one of each that does not count."""
+    """Seconds of n calls of each side, by turns. The first call of each does not count."""
     seconds = [], []
     for _ in range(n + 1):
         for work, out in zip((ours, theirs), seconds):
@@ -68,8 +70,8 @@ def turns(ours, theirs, n: int) -> tuple[list[float], list[float]]:
 
 
 def preferences(V: int):
-    """16 prompts of 3 to 9 tokens, each with 4 completions of 32 to 64 of which one is preferred to
-    the next: 6 pairs a prompt, 96 in all. Ids are random: speed does not read."""
+    """16 prompts of 3 to 9 tokens, each with 4 completions of 32 to 64 tokens and random rewards: 6
+    pairs per prompt, 96 in all. Ids are random, because they do not change the speed."""
     import numpy as np
 
     from data_imdb import Groups
@@ -82,7 +84,7 @@ def preferences(V: int):
 
 
 def our_dpo(policy, reference, groups, cast):
-    """step() -> the loss: one step of train.fit; reference log-probs once, as by stage `groups`."""
+    """step() -> the loss: one step of train.fit. Reference log-probs are computed once before."""
     import torch
 
     import train
@@ -111,8 +113,8 @@ def our_dpo(policy, reference, groups, cast):
 
 
 def official_dpo(policy, reference, groups):
-    """step() -> the loss, as the authors' code has it: chosen and rejected of each pair in one
-    batch, through the policy and, without gradient, the reference; log_softmax over all logits."""
+    """step() -> the loss, as in the authors' code: chosen and rejected of each pair in one batch,
+    which goes through the policy and the reference, with log_softmax over all logits."""
     import torch
     import torch.nn.functional as F
 
@@ -147,7 +149,8 @@ def official_dpo(policy, reference, groups):
 
 
 def their_dpo(policy, reference, groups, n: int, folder: Path, turn, fast: bool, bf16: bool):
-    """n steps of DPOTrainer, with turn() after each: the losses, and the seconds between turns."""
+    """n steps of DPOTrainer, with turn() after each. Returns the losses and the seconds per step.
+    """
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -170,7 +173,7 @@ def their_dpo(policy, reference, groups, n: int, folder: Path, turn, fast: bool,
 
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
-            return dataset  # token ids already
+            return dataset  # it holds token ids already
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
@@ -196,7 +199,7 @@ def their_dpo(policy, reference, groups, n: int, folder: Path, turn, fast: bool,
 
 
 def bench_dpo(size: str, n: int, folder: Path, kind: str = ""):
-    """One optimizer step on 96 pairs, all in one batch; `kind` names the peer (see above)."""
+    """One optimizer step on 96 pairs in one batch; `kind` names the peer (see above)."""
     import copy
 
     import torch
@@ -205,7 +208,7 @@ def bench_dpo(size: str, n: int, folder: Path, kind: str = ""):
 
     reference, their_reference = models(size, folder / "reference")
     policy = copy.deepcopy(reference)
-    with torch.no_grad():  # where π_θ = π_ref the loss is log 2 whatever else is wrong
+    with torch.no_grad():  # with π_θ = π_ref every loss would be log 2, and comparing shows nothing
         for p in policy.parameters():
             p.add_(torch.randn_like(p), alpha=0.01)
     hf_gpt2.save(policy, folder / "policy")
@@ -214,7 +217,7 @@ def bench_dpo(size: str, n: int, folder: Path, kind: str = ""):
     bf16 = kind == "bf16"
     step = our_dpo(policy, reference, groups, (
         lambda: torch.autocast("cpu", torch.bfloat16)) if bf16 else nullcontext)
-    del reference  # ours trains without it
+    del reference  # our steps do not need it
 
     def turn():
         began = time.process_time()
@@ -236,7 +239,7 @@ def bench_dpo(size: str, n: int, folder: Path, kind: str = ""):
 
 
 def inverse_cdf(probs, num_samples):
-    """What torch.multinomial draws, by one uniform number and a cumulative sum per row."""
+    """Draws as torch.multinomial, by one uniform number and a cumulative sum per row."""
     import torch
 
     cdf = probs.cumsum(-1)
@@ -245,8 +248,8 @@ def inverse_cdf(probs, num_samples):
 
 
 def bench_sample(size: str, n: int, folder: Path, kind: str = ""):
-    """64 rows × 64 new tokens after 8-token prompts of equal length, so that `generate` need not
-    pad; temperature 1, nothing filtered, no row ends early; both with their KV cache."""
+    """64 rows × 64 new tokens after prompts of 8 tokens, so that `generate` need not pad. The
+    temperature is 1, nothing is filtered, no row ends early, and both have a KV cache."""
     import torch
 
     ours, theirs = models(size, folder)
@@ -267,7 +270,8 @@ def bench_sample(size: str, n: int, folder: Path, kind: str = ""):
 
 
 def bench_lm(size: str, n: int, folder: Path, kind: str = ""):
-    """One optimizer step on 8 × 256 tokens; theirs is the plain loop on model(idx, labels=idx)."""
+    """One optimizer step on 8 × 256 tokens. The peer's is the usual one on model(idx, labels=idx).
+    """
     import torch
 
     import train

@@ -1,4 +1,4 @@
-"""What several test files share: the command line in process, runs that are stopped, and the
+"""Shared by several test files: the command line in this process, runs that are stopped, and the
 smallest chain of stages."""
 
 import contextlib
@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import pytest
 import torch
-import torch._dynamo  # an optimizer's first use imports it, 2 s in each forked child
+import torch._dynamo  # else the first use of an optimizer imports it: 2 s in each forked child
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,10 +29,10 @@ from job import Job
 from support.runs import Run, main_exit, read_json, read_rows
 from support.settings import parse
 
-gc.freeze()  # else each collection walks through the objects of these imports: 10% of all time
-torch.set_num_threads(1)  # bit-for-bit, and a forked child must not miss its threads
+gc.freeze()  # else each collection visits the objects of these imports: 10 % of the time
+torch.set_num_threads(1)  # for equal bits, and because a forked child has no copy of the threads
 
-# a chain of stages in a second: 0.02M parameters, with dropout so that resuming is put to the test
+# a chain of stages in a second: 0.02M parameters, and dropout, so that resuming is tested with it
 TINY = ("--preset toy --device cpu --threads 1 --reviews 300 --vocab 900 --n-layer 1 --n-head 2 "
         "--n-embd 16 --n-ctx 48 --sft-steps 8 --sft-batch 16 --sft-lr 0.006 --dropout 0.1 "
         "--prompts 40 --num-completions 4 --eval-prompts 8 --valid-prompts 8 --optimum-samples 4 "
@@ -41,7 +41,7 @@ TINY = ("--preset toy --device cpu --threads 1 --reviews 300 --vocab 900 --n-lay
 
 
 def train_py(argv, figures=False) -> int:
-    """What python train.py does, in this process, but for the second that a figure takes."""
+    """Does what python train.py does, in this process. Figures, which take a second, are faked."""
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
             patch.setattr(plot_frontier.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
@@ -54,13 +54,13 @@ def command(*argv, figures=False) -> SimpleNamespace:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = train_py(argv, figures)
-        except SystemExit as e:  # argparse's
+        except SystemExit as e:  # raised by argparse
             code = e.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def refused(result, *words) -> str:
-    """A user's mistake is one sentence on stderr and exit code 2: no traceback, no second line."""
+    """A user's mistake must give one line on stderr and exit code 2. Returns the line."""
     assert result.code == 2, f"exit code {result.code}: {result.err or result.out}"
     lines = result.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), f"not one sentence: {result.err}"
@@ -70,7 +70,7 @@ def refused(result, *words) -> str:
 
 
 def in_child(work) -> tuple[int, str]:
-    """The exit code (minus the signal) and the output of work() in a forked process of its own."""
+    """The exit code (or minus the signal) and the output of work() in a forked process."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -97,7 +97,7 @@ def in_child(work) -> tuple[int, str]:
 # ------------------------------------------------------------------------------ a GPU's waits
 
 class Functions(TorchFunctionMode):
-    """Counts methods that read a tensor on the CPU: on a CPU they reach no dispatcher."""
+    """Records calls of tolist and cpu. On a CPU the dispatch mode below does not see them."""
 
     def __init__(self, found: list):
         super().__init__()
@@ -110,8 +110,8 @@ class Functions(TorchFunctionMode):
 
 
 class Waits(TorchDispatchMode):
-    """`with Waits() as found:` lists what would make the CPU wait for a GPU, if these tensors were
-    there: a number or an array that is read, or a shape that depends on data."""
+    """`with Waits() as found:` lists the operations at which the CPU would wait for a GPU: those
+    that read a number or an array, and those whose result has a shape that depends on data."""
 
     NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward",
              "_unique2"}
@@ -145,9 +145,9 @@ CLOCK = ("seconds", "tokens_per_s", "targets_per_s", "pairs_per_s", "groups_per_
 
 
 def die(by, kind, name="", n=1) -> None:
-    """This process, a child, sends itself a signal: halfway through the n-th line that it logs, at
-    the n-th token that it samples, halfway through the n-th write of a file ("torn"), or right
-    after that file is in place."""
+    """Makes this child process send itself the signal `by`. `kind` is "log": halfway through the
+    n-th line that it logs; "sample": at the n-th token; "torn": halfway through the n-th write of
+    the file `name`; or "after": after that write."""
     calls = itertools.count(1)
 
     def due(now, path=""):
@@ -180,14 +180,14 @@ def die(by, kind, name="", n=1) -> None:
 
 
 def stopped(argv, by, kind, name="", n=1) -> str:
-    """What train.py prints in a child that sends itself this signal, as `die` says."""
+    """What train.py prints in a child that sends itself this signal; see `die`."""
     code, text = in_child(lambda: (die(by, kind, name, n), train_py(argv))[1])
     assert code == (-KILL if by == KILL else 130), f"{kind} {name} {n} ended with {code}: {text}"
     return text
 
 
 def stopped_and_finished(argv, *stops):
-    """A run stopped in each of these ways, and the same command at last left alone."""
+    """Runs a command, stops it in each of these ways, and then lets it finish."""
     for stop in stops:
         text = stopped([*argv, "--save-secs", 0], *stop)
         if stop[0] == CTRL_C:
@@ -205,7 +205,7 @@ def without_clock(obj):
 
 
 def contents(run: Path) -> dict:
-    """Everything that a run has made, but for how long it took."""
+    """Everything that a run has made, without the times that it took."""
     read = {".json": lambda path: without_clock(read_json(path)), ".png": lambda path: "a picture",
             ".jsonl": lambda path: without_clock(read_rows(path))}
     made = {path.name: read.get(path.suffix, Path.read_bytes)(path) for path in run.iterdir()
@@ -217,14 +217,14 @@ def same(run: Path, other: Path) -> None:
     a, b = contents(run), contents(other)
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name] == b[name], f"{name} of {run.name} differs from that of a run never stopped"
+        assert a[name] == b[name], f"{name} of {run.name} differs from that of the other run"
 
 
 # ------------------------------------------------------------------------------ the smallest chain
 
 
 def folder(out: Path, stage: str) -> Path:
-    """The only folder of a stage under --out, whatever its suffix and preset."""
+    """The only folder of a stage under --out, with any suffix and preset."""
     found = [f for f in out.glob(f"*/{stage}*") if f.name == stage or f.name[len(stage)] == "-"
              and not f.name.startswith("ppo-gt" if stage == "ppo" else " ")]
     assert len(found) == 1, f"{stage} under {out}: {found}"
@@ -238,7 +238,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, data) -> SimpleNamespace:
-    """sft, groups and dpo at TINY, never stopped: .out, and what the command printed."""
+    """sft, groups and dpo at TINY, without stops: .out, .data, and .text, which was printed."""
     out = tmp_path_factory.mktemp("chain")
     result = command(*TINY, "--out", out, "--data", data, figures=True)
     assert result.code == 0, result.err
@@ -247,7 +247,7 @@ def chain(tmp_path_factory, data) -> SimpleNamespace:
 
 @pytest.fixture
 def copied(chain, tmp_path):
-    """copied("sft", ...) -> an --out of one's own, holding copies of the chain's stages."""
+    """copied("sft", ...) -> a new --out with copies of these stages of the chain."""
     def copy(*stages):
         out = tmp_path / "out"
         for stage in stages:

@@ -67,7 +67,7 @@ def test_the_checkpoint_of_best_held_out_accuracy_is_kept(job, compared):
     run, held = folder(compared, "rm"), job.split[1]
     report = json.loads((run / "report.json").read_text())
     accuracies = [row["eval"]["accuracy"] for row in rows(run) if "eval" in row]
-    assert len(accuracies) >= 3, "two per epoch"
+    assert len(accuracies) >= 3, "two evaluations per epoch"
     assert report["accuracy"] == pytest.approx(max(accuracies), rel=1e-5)
     scores = score_groups(job, RewardModel.load(run / "model.pt"), held)
     r = torch.from_numpy(job.groups.rewards[held])
@@ -78,8 +78,8 @@ def test_the_checkpoint_of_best_held_out_accuracy_is_kept(job, compared):
 
 
 def test_a_better_checkpoint_from_before_a_kill_is_kept(chain, copied):
-    """best.pt of a run that was killed: here one that no other can beat. It is not that of a run
-    that was killed before its first checkpoint: then the run begins again."""
+    """best.pt of a killed run is kept: here its accuracy is one that no other model reaches. If the
+    run was killed before its first checkpoint, it starts again and its best.pt is not kept."""
     argv = [*FEW, "--stage", "rm", "--out", str(copied("sft", "groups")), "--data", str(chain.data),
             "--save-secs", "0"]
     _, preset, _, cfg = parse(argv, False)
@@ -91,7 +91,7 @@ def test_a_better_checkpoint_from_before_a_kill_is_kept(chain, copied):
     save_tensors(job.folder("rm") / "best.pt", state)
     stopped(argv, KILL, "after", "resume.pt")
     if (job.folder("rm") / "best.pt").exists():
-        assert load_tensors(job.folder("rm") / "best.pt")["accuracy"] <= 1, "nobody's best"
+        assert load_tensors(job.folder("rm") / "best.pt")["accuracy"] <= 1, "a best.pt of no run"
     save_tensors(job.folder("rm") / "best.pt", state)
     assert command(*argv).code == 0
     kept = RewardModel.load(job.folder("rm") / "model.pt").state_dict()
@@ -99,7 +99,7 @@ def test_a_better_checkpoint_from_before_a_kill_is_kept(chain, copied):
         assert name == "score.bias" or torch.equal(kept[name], value), name
 
 
-def test_every_epoch_of_the_reward_model_has_the_training_groups_in_another_order(job):
+def test_every_epoch_of_the_reward_model_has_the_training_groups_in_a_new_order(job):
     def texts(groups):
         return Counter(tuple(x + y) for x, y in zip(*job.groups.flat(groups)))
 
@@ -110,19 +110,19 @@ def test_every_epoch_of_the_reward_model_has_the_training_groups_in_another_orde
         epochs.append([tuple(idx[:n].tolist()) for m in micro_batches
                        for idx, n in zip(m["idx"], m["lengths"])])
     for rows in epochs:
-        assert len(rows) == steps * 12 * 4, "of 4 completions each"
-        assert not Counter(rows) - texts(train), "a held-out group, or one twice"
+        assert len(rows) == steps * 12 * 4, "12 groups of 4 completions per step"
+        assert not Counter(rows) - texts(train), "a held-out group, or a group twice"
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0], "not reshuffled"
 
 
-def test_the_reward_model_reads_the_end_that_r_star_leaves_out(job, compared):
+def test_the_reward_model_reads_eos_and_r_star_does_not(job, compared):
     model = RewardModel.load(folder(compared, "rm") / "model.pt")
     torch.nn.init.normal_(model.score.weight)
     eot, words = job.data.eot, [5, 6, 7]
     for learned in (True, False):
         score = ModelReward(model, eot, learned)
         ended, truncated = score([[eot, 9]] * 2, [words + [eot], words])
-        assert (ended == truncated) != learned, "an end is part of a completion, not of a review"
+        assert (ended == truncated) != learned, "EOS is part of a completion, not of a review"
 
 
 @pytest.mark.parametrize("stage, stops", [
@@ -151,15 +151,15 @@ def test_expected_best_is_the_mean_over_all_choices(N):
 
 
 @pytest.mark.parametrize("N", [1, 2, 4, 128])
-def test_best_of_n_kl_is_that_of_the_largest_of_n(N):
-    """Over V equally likely values: p(largest = v) = (v^N - (v - 1)^N) / V^N, V to infinity."""
+def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_values(N):
+    """Over V equally likely values: p(largest = v) = (v^N - (v - 1)^N) / V^N, for large V."""
     V = 200_000
     p = (torch.linspace(0, 1, V + 1, dtype=torch.float64)**N).diff()
     kl = dpo.kl_divergence(p.clamp(min=1e-300).log(), torch.full_like(p, -math.log(V)))
     assert float(kl) == pytest.approx(best_of_kl(N), abs=1e-3)
 
 
-def test_best_of_n_s_samples_are_scored_by_both_rewards(job, compared):
+def test_the_samples_of_best_of_n_are_scored_by_both_rewards(job, compared):
     state = load_tensors(folder(compared, "best-of-n") / "samples.pt")
     assert state["rewards"].shape == state["learned"].shape == (8, 8)
     assert ((state["rewards"] > 0) & (state["rewards"] < 1)).all()

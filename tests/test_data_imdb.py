@@ -1,5 +1,5 @@
-"""Laws of data_imdb.py: what is read is what was written; every token is a target once. The bad
-files of users are rows of test_mistakes.py."""
+"""Laws of data_imdb.py: what is read is what was written; every token is a target once. Bad files
+that a user may give are rows of test_mistakes.py."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ quiet = {"progress": lambda text: None}
 
 @pytest.fixture(autouse=True)
 def no_corpus(monkeypatch):
-    """No test reads the real corpus by accident; those that mean to have their own fixture."""
+    """No test reads the real corpus by accident. Those that need it use the fixture `real`."""
     monkeypatch.delenv("IMDB_PATH", raising=False)
 
 
@@ -49,7 +49,7 @@ def merge(ids, pair, new):
 
 
 def naive_bpe(texts, vocab_size):
-    """The merges, found by recounting every pair of the whole text at every step."""
+    """The merges of BPE. Every step counts every pair in the whole text again."""
     words = [list(w.encode()) for text in texts for w in regex.findall(data_imdb.PATTERN, text)]
     merges = []
     while 256 + len(merges) < vocab_size - 1:
@@ -152,8 +152,8 @@ def test_gpt2_saved_is_gpt2(tmp_path):
 
 
 @pytest.mark.parametrize("trouble", ["damaged", "not writable"])
-def test_gpt2s_files_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch, trouble):
-    def read_file(url):  # of a network that answers with a page of its own, or as it should
+def test_gpt2s_files_that_tiktoken_cannot_get_give_one_sentence(tmp_path, monkeypatch, trouble):
+    def read_file(url):  # a network that answers with a login page, or with the file
         if trouble == "damaged":
             return b"<html>please log in</html>"
         return (source / hashlib.sha1(url.encode()).hexdigest()).read_bytes()
@@ -178,7 +178,7 @@ def test_gpt2s_files_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch, 
 # ------------------------------------------------------------------------------ streams
 
 def some_tokens(sizes, seed=0, eot=99):
-    """Reviews of these many tokens, <|endoftext|> counted."""
+    """Reviews with these numbers of tokens, <|endoftext|> included."""
     rng = np.random.default_rng(seed)
     reviews = [[eot, *rng.integers(0, eot, size - 1)] for size in sizes]
     offsets = np.cumsum([0, *sizes])
@@ -197,14 +197,14 @@ def test_every_token_is_a_target_exactly_once(n_ctx):
         assert idx.dtype == np.int64 and mask.dtype == bool and idx.shape == mask.shape
         assert not mask[:, 0].any(), "nothing predicts a row's first token"
         assert (mask.sum(1) == lengths[part]).all()
-        assert (idx[:, 1:][~mask[:, 1:]] == 0).all(), "what is no target is padding"
+        assert (idx[:, 1:][~mask[:, 1:]] == 0).all(), "all positions without a target are padding"
         targets.update(idx[mask].tolist())
-    # Each review's closing <|endoftext|> is the next one's first token: as multisets, the stream.
+    # The <|endoftext|> after a review is the first token of the next: together they are the stream.
     assert targets == Counter(tokens.stream[1:].tolist())
 
 
 @pytest.mark.parametrize("n_ctx", [1, 3, 8])
-def test_a_window_knows_what_comes_before_a_first_word(n_ctx):
+def test_a_window_starts_at_endoftext_or_at_a_multiple_of_the_context(n_ctx):
     tokens = some_tokens([4, 9, 24, 1, 8, 16, 17])
     starts, lengths = tokens.windows(n_ctx)
     assert (lengths >= 1).all() and (lengths <= n_ctx).all()
@@ -219,7 +219,7 @@ def test_a_window_knows_what_comes_before_a_first_word(n_ctx):
 def test_reviews_come_back_one_by_one():
     tokens = some_tokens([3, 1, 7])
     assert [len(review) for review in tokens] == [3, 1, 7] and len(tokens) == 3
-    assert all(review[0] == 99 for review in tokens), "<|endoftext|> precedes every review"
+    assert all(review[0] == 99 for review in tokens), "<|endoftext|> stands before every review"
 
 
 def rows_of(micro_batches):
@@ -239,21 +239,21 @@ def test_an_lm_epoch_has_every_window_once_and_the_next_another_order():
             micro_batches, n = batches(step)
             assert len(micro_batches) == 3 and n == sum(m["mask"].sum() for m in micro_batches)
             for m in micro_batches:
-                assert (m["mask"].sum(1) + 1 == m["lengths"]).all(), "all but a first token"
+                assert (m["mask"].sum(1) + 1 == m["lengths"]).all(), "the first token is no target"
             epochs[-1].append(frozenset(rows_of(micro_batches)))
         assert len(frozenset.union(*epochs[-1])) == 12 * per_epoch, "a window twice in an epoch"
     assert not set(epochs[0]) & set(epochs[1]), "the next epoch has the same batches"
     assert not set(epochs[1]) & set(epochs[2])
 
 
-def test_an_lm_batch_has_windows_of_like_length_and_comes_at_no_set_time():
+def test_an_lm_batch_has_windows_of_similar_length_and_batches_come_in_random_order():
     tokens = some_tokens(np.random.default_rng(0).integers(2, 30, 800))
     batches = lm_batches(tokens, 64, batch=4, accum=1, seed=0)
     lengths = np.array([batches(step)[0][0]["lengths"] for step in range(200)])
     spread = np.ptp(lengths, axis=1).mean()
     assert spread < 5, f"lengths in a batch differ by {spread:.1f} of 28: padding"
     longer = (np.diff(lengths.mean(1)) > 0).mean()
-    assert 0.3 < longer < 0.7, "short ones first: a curriculum that nobody asked for"
+    assert 0.3 < longer < 0.7, "batches come sorted by length, short reviews first"
 
 
 def test_lm_batches_are_a_function_of_seed_and_step():
@@ -269,12 +269,12 @@ def test_unlabelled_is_train_and_unsup_as_one_stream():
     data = Data(None, 99, dict(train=train, unsup=unsup), {}, {}, "")
     both = data.unlabelled()
     assert [x.tolist() for x in both] == [x.tolist() for x in (*train, *unsup)]
-    assert len(both) == 5 and both.stream[-1] == 99, "the last review's end"
-    data.tokens["unsup"] = Tokens(np.array([99], np.uint16), np.array([0]))  # the toy has none
+    assert len(both) == 5 and both.stream[-1] == 99, "<|endoftext|> after the last review"
+    data.tokens["unsup"] = Tokens(np.array([99], np.uint16), np.array([0]))  # as on the toy corpus
     assert [x.tolist() for x in data.unlabelled()] == [x.tolist() for x in train]
 
 
-# ------------------------------------------------------------------------------ IMDb, in small
+# ------------------------------------------------------------------------------ a small IMDb
 
 FEW = {key: (split, label, 40) for key, (split, label, _) in data_imdb.FOLDERS.items()}
 
@@ -311,24 +311,24 @@ def test_reviews_labels_and_line_breaks(tiny, tmp_path):
     for split in ("train", "valid", "test"):
         for text, label in splits[split]:
             assert "<br" not in text and "\n\nis it é" in text
-            assert "train" not in text.split()[0] or ("pos" in text) == label, "label of another"
+            assert "train" not in text.split()[0] or ("pos" in text) == label, "another's label"
     assert all(review.label is None for review in splits["unsup"])
     assert len(splits["test"]) == 80 and 3 <= len(splits["valid"]) <= 4
 
 
-def test_duplicates_stay_where_they_evaluate(tiny, tmp_path):
+def test_a_duplicate_stays_in_the_split_for_evaluation(tiny, tmp_path):
     splits, notes = data_imdb.read_imdb(tiny, tmp_path, **quiet)
     texts = {split: {review.text for review in splits[split]} for split in splits}
     for a in texts:
         for b in texts:
             assert a == b or not texts[a] & texts[b], f"{a} and {b} share a text"
-    assert notes["dup_test"] == 0, "the evaluation side is kept"
+    assert notes["dup_test"] == 0, "a duplicate must stay in test"
     assert notes["dup_train"] + notes["dup_valid"] == 3 and notes["dup_unsup"] == 3
     everything = {text.replace("<br />", "\n") for text in tiny_reviews().values()}
     assert set.union(*texts.values()) == everything, "only copies may be dropped"
 
 
-def test_another_seed_shuffles_otherwise(tiny, tmp_path):
+def test_another_seed_gives_another_order(tiny, tmp_path):
     splits = [data_imdb.read_imdb(tiny, tmp_path, seed=seed, **quiet)[0] for seed in (0, 0, 1)]
     assert splits[0] == splits[1] and splits[0]["valid"] != splits[2]["valid"]
     assert sorted(splits[0]["test"]) == sorted(splits[2]["test"])
@@ -365,7 +365,7 @@ def test_a_second_load_reads_what_the_first_wrote(tmp_path):
 
     first = data_imdb.load("toy", 300, tmp_path, 100, seed=0)
     before = written()
-    for vocab in (300, "300"):  # a flag's text
+    for vocab in (300, "300"):  # --vocab is a text
         assert same(first, data_imdb.load("toy", vocab, tmp_path, 100, seed=0))
     assert written() == before, "built again"
 
@@ -379,11 +379,11 @@ def test_another_setting_never_reads_the_files(tmp_path, monkeypatch):
     (tmp_path / "edited.py").write_text("another grammar")
     monkeypatch.setattr(data_imdb.toy_reviews, "__file__", str(tmp_path / "edited.py"))
     data_imdb.load("toy", 300, tmp_path, 100, 0)
-    assert len(list(tmp_path.glob("toy-*"))) == 5, "an edited grammar read the old one's reviews"
+    assert len(list(tmp_path.glob("toy-*"))) == 5, "reviews of the old grammar were read"
 
 
 def test_without_one_of_its_files_a_corpus_is_built_again(tmp_path):
-    """As after a kill: the last file may be missing, or all but the first."""
+    """A kill can leave any of the files out."""
     wanted = data_imdb.load("toy", 300, tmp_path / "whole", 60, 0)
     (whole,) = (tmp_path / "whole").iterdir()
     assert len(list(whole.iterdir())) == 6
@@ -398,7 +398,7 @@ def test_imdb_loads_with_its_labels(tiny, tmp_path, monkeypatch):
     said = []
     data = data_imdb.load("imdb", 400, tmp_path / "data", 0, 0, progress=said.append)
     assert said and data.notes["dup_unsup"] == 3 and data.labels["unsup"] is None
-    label = {text.replace("<br />", "\n"): int("/pos" in name)  # the label of the copy kept
+    label = {text.replace("<br />", "\n"): int("/pos" in name)  # of the copy that is kept
              for name, text in reversed(tiny_reviews().items()) if "unsup" not in name}
     for split in ("train", "valid", "test"):
         texts = [data.enc.decode(ids[1:]) for ids in data.tokens[split]]
@@ -413,7 +413,7 @@ def test_imdb_loads_with_its_labels(tiny, tmp_path, monkeypatch):
     assert data_imdb.load("imdb", 400, tmp_path / "data", 0, 0, **quiet).identity != data.identity
 
 
-def test_the_official_reviews_have_one_cache_whatever_holds_them(tiny, tmp_path, monkeypatch):
+def test_the_official_reviews_have_one_cache_from_any_archive(tiny, tmp_path, monkeypatch):
     def load(path=None):
         monkeypatch.setenv("IMDB_PATH", str(path or ""))
         return data_imdb.load("imdb", 300, tmp_path / "data", 0, 0, **quiet)
@@ -422,7 +422,7 @@ def test_the_official_reviews_have_one_cache_whatever_holds_them(tiny, tmp_path,
     for name, path in dict(SHA256=tiny, RECOMPRESSED=xz).items():
         monkeypatch.setattr(imdb_archive, name, hashlib.sha256(path.read_bytes()).hexdigest())
     first = load(xz)
-    monkeypatch.delattr(data_imdb, "read_imdb")  # and so that nothing is downloaded
+    monkeypatch.delattr(data_imdb, "read_imdb")  # would read or download again
     for other in (tiny, None):
         assert same(first, load(other))
     assert len(list((tmp_path / "data").iterdir())) == 1
@@ -437,7 +437,7 @@ def test_imdb_without_unsup_is_train_alone(tiny, tmp_path, monkeypatch):
         seen += [data_imdb.load("imdb", 300, tmp_path / "data", 0, 0, said.append)
                  for _ in range(2)]
     assert same(*data) and data[0].identity != whole[0].identity
-    assert sum("no train/unsup" in line for line in said) == 1, "said where it is read"
+    assert sum("no train/unsup" in line for line in said) == 1, "said once, when it is read"
     for split in ("train", "valid", "test"):
         assert [data[0].enc.decode(ids[1:]) for ids in data[0].tokens[split]] == \
             [whole[0].enc.decode(ids[1:]) for ids in whole[0].tokens[split]]
@@ -470,8 +470,8 @@ def test_a_damaged_cache_is_refused_and_is_built_again_once_deleted(tmp_path, da
         assert same(wanted, data_imdb.load("toy", 300, tmp_path, 60, 0))
 
 
-def test_a_cache_is_what_was_written_to_the_last_label(tiny, tmp_path, monkeypatch):
-    """Content that could be read, but is another's, or someone's edit."""
+def test_a_cache_with_other_content_is_refused(tiny, tmp_path, monkeypatch):
+    """Content that can be read, but was edited or comes from another file."""
     monkeypatch.setenv("IMDB_PATH", str(tiny))
 
     def load():
@@ -508,7 +508,7 @@ def test_a_cache_is_what_was_written_to_the_last_label(tiny, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_what_stands_in_a_files_place_is_refused_not_read(tmp_path, make):
+def test_a_folder_or_pipe_in_the_place_of_a_file_is_refused(tmp_path, make):
     wanted = data_imdb.load("toy", 300, tmp_path, 60, 0)
     (base,) = tmp_path.iterdir()
     for name in (*data_imdb.FILES, "about.json"):
@@ -541,8 +541,8 @@ def test_ctrl_c_while_imdb_is_read_or_built_is_130_and_the_next_call_builds_it(
     assert same(*loaded)
 
 
-def test_builders_of_one_cache_at_once_both_end_well(tmp_path):
-    start = threading.Barrier(4)  # all miss the cache before the first has built it
+def test_commands_that_build_one_cache_at_the_same_time_all_succeed(tmp_path):
+    start = threading.Barrier(4)  # all start before the first has built the cache
 
     def build(_):
         start.wait()
@@ -558,7 +558,7 @@ def test_builders_of_one_cache_at_once_both_end_well(tmp_path):
 # ------------------------------------------------------------------------------ prompts
 
 def test_prompts_are_prefixes_of_every_length_each_review_once():
-    tokens = some_tokens([30] * 400 + [3] * 50, eot=60_000)  # no two prefixes alike
+    tokens = some_tokens([30] * 400 + [3] * 50, eot=60_000)  # no two have an equal prefix
     prompts, redrawn = sample_prompts(tokens, 400, seed=0)
     prefixes = {tuple(review[: 1 + n].tolist()): i for i, review in enumerate(tokens)
                 for n in range(2, 9)}
@@ -566,8 +566,8 @@ def test_prompts_are_prefixes_of_every_length_each_review_once():
     lengths = Counter(len(prompt) - 1 for prompt in prompts)
     assert set(lengths) == set(range(2, 9)) and min(lengths.values()) > 30, "not uniform"
     more, _ = sample_prompts(tokens, 900, seed=0)
-    assert more[:400] == prompts, "the first n do not depend on how many follow"
-    assert max(Counter(prefixes[tuple(p)] for p in more).values()) == 3, "exhausted: starts again"
+    assert more[:400] == prompts, "the first prompts do not depend on their number"
+    assert max(Counter(prefixes[tuple(p)] for p in more).values()) == 3, "the reviews come again"
     assert sample_prompts(tokens, 400, seed=[0, 1])[0] != prompts
 
 
@@ -606,7 +606,7 @@ def encode(text):
 
 
 @pytest.mark.parametrize("has_reward", [True, False])
-def test_groups_come_back_exactly(tmp_path, has_reward):
+def test_groups_that_are_written_and_read_are_equal(tmp_path, has_reward):
     rng = np.random.default_rng(0)
     ids = [[rng.integers(0, E, rng.integers(1, 9)).tolist() + [E] * (i % 2) for i in range(4)]
            for _ in range(50)]  # arbitrary bytes: most are no valid text
@@ -620,11 +620,11 @@ def test_groups_come_back_exactly(tmp_path, has_reward):
     assert np.array_equal(again.rewards, groups.rewards) and again.rewards.dtype == np.float32
     assert again.has_reward == has_reward and again.dropped == {}
     row = json.loads((tmp_path / "g.jsonl").read_bytes().splitlines()[0])
-    assert EOT not in row["prompt"] + "".join(row["completions"]), "written to be read"
+    assert EOT not in row["prompt"] + "".join(row["completions"]), "people read these texts"
     assert has_reward == (row["rewards"] is not None)
 
 
-def test_forms_of_one_k_may_share_a_file_and_without_rewards_the_best_stands_first(tmp_path):
+def test_a_file_may_mix_forms_with_one_k_and_without_rewards_the_best_stands_first(tmp_path):
     ours = read(tmp_path, OURS)
     assert ours.completion_ids == [OURS["completion_ids"]] and ours.has_reward
     assert np.allclose(ours.rewards, [OURS["rewards"]])
@@ -635,8 +635,8 @@ def test_forms_of_one_k_may_share_a_file_and_without_rewards_the_best_stands_fir
     assert (np.diff(ranked.rewards[0]) < 0).all() and not ranked.has_reward
 
 
-def test_what_is_left_out_is_counted(tmp_path):
-    equal = OURS | {"rewards": [0.5, 0.5, 0.5 + 1e-12]}  # equal in float32, as they are kept
+def test_groups_that_are_left_out_are_counted(tmp_path):
+    equal = OURS | {"rewards": [0.5, 0.5, 0.5 + 1e-12]}  # equal in float32
     got = read(tmp_path, equal, OURS, equal)
     assert len(got.prompt_ids) == len(got.rewards) == 1 and got.dropped == {"equal rewards": 2}
     long = PAIR | {"prompt": "this film " * 40}
@@ -644,7 +644,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     got = read(tmp_path, long, PAIR, late)
     assert len(got.prompt_ids) == 1 and list(got.dropped.values()) == [2]
     length = len(encode("this film")) + 1 + max(len(encode(y)) for y in (" is good", " is bad")) + 1
-    assert read(tmp_path, PAIR, n_ctx=length).dropped == {}, "exactly the context fits"
+    assert read(tmp_path, PAIR, n_ctx=length).dropped == {}, "it has exactly n_ctx tokens"
     with pytest.raises(UserError, match="no group to learn from"):
         read(tmp_path, PAIR, n_ctx=length - 1)
 
@@ -656,7 +656,7 @@ def test_gathered_groups_of_equal_rewards_are_left_out_and_counted():
     assert groups.completion_ids == [[[0], [1]], [[4], [5]]] and groups.has_reward
     assert groups.K == 2 and groups.rewards.dtype == np.float32
     np.testing.assert_allclose(groups.rewards, [[0.1, 0.2], [0.9, 0.1]], rtol=1e-6)
-    with pytest.raises(UserError, match="same reward: nothing to prefer"):
+    with pytest.raises(UserError, match="all rewards are equal, so there is no preference"):
         gather_groups([[7], [8]], samples, np.ones(6))
 
 
@@ -668,15 +668,15 @@ def test_flat_groups_have_one_prompt_per_completion():
 
 def test_a_tenth_of_the_prompts_is_held_out_whatever_their_order():
     rng = np.random.default_rng(0)
-    prompts = [[0, int(i)] for i in rng.integers(0, 100, 300)]  # many twice
+    prompts = [[0, int(i)] for i in rng.integers(0, 100, 300)]  # many occur twice
     train, held = split_prompts(prompts)
     distinct, away = {tuple(p) for p in prompts}, {tuple(prompts[i]) for i in held}
     assert sorted(train + held) == list(range(300)) and len(away) == len(distinct) // 10
-    assert not away & {tuple(prompts[i]) for i in train}, "a prompt on both sides"
+    assert not away & {tuple(prompts[i]) for i in train}, "a prompt is in both parts"
     order = rng.permutation(300)
     _, again = split_prompts([prompts[i] for i in order])
     assert {tuple(prompts[order[i]]) for i in again} == away, "the split depends on the order"
-    assert [len(x) for x in split_prompts([[0, 1], [0, 2], [0, 3]])] == [1, 2], "two: an error bar"
+    assert [len(x) for x in split_prompts([[0, 1], [0, 2], [0, 3]])] == [1, 2], "at least two"
 
 
 # ------------------------------------------------------------------------------ main, real data
@@ -714,7 +714,7 @@ def real(contents):
 
 
 def test_real_imdb_has_the_reviews_whose_hash_is_pinned(contents):
-    """So that an unpacked folder, whose names begin with the IDs, finds the archive's tokens."""
+    """An unpacked folder has this hash too, so it uses the tokens that the archive has made."""
     digest = hashlib.sha256()
     for folder, texts in contents.items():
         for i, text in sorted(enumerate(texts), key=lambda row: f"{row[0]}_"):

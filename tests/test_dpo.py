@@ -12,6 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,7 @@ def test_eq03_of_every_policy_is_below_its_value_at_pi_r(world):
     best = dpo.optimal_policy(world.ref, world.r, BETA)
     top = dpo.objective(best, world.ref, world.r, BETA)
     near(top, BETA * dpo.log_partition(world.ref, world.r, BETA), "A.1: the optimum is β log Z")
-    for scale in (1e-3, 0.1, 3.0):  # neighbours and strangers
+    for scale in (1e-3, 0.1, 3.0):  # from near π_r to far from it
         pi = (best + scale * world.randn(200, *world.r.shape)).log_softmax(-1)
         assert (dpo.objective(pi, world.ref, world.r, BETA) < top).all(), "a policy beat π_r"
     near(dpo.objective(world.ref, world.ref, world.r, BETA),
@@ -265,9 +266,19 @@ def test_eq07_in_index_form_equals_a_loop_over_pairs(batch):
         m = BETA * (pi[w] - batch.ref[w]) - BETA * (pi[l] - batch.ref[l])
         near(losses[n], -math.log(1 / (1 + math.exp(-m))), f"pair {n}")
     near(rewards, BETA * (pi - batch.ref), "the rewards are r̂, β included")
-    near(losses, dpo.reward_model_loss(rewards, batch.yw, batch.yl), "secretly Eq. 2")
+    near(losses, dpo.reward_model_loss(rewards, batch.yw, batch.yl), "Eq. 2 with r̂ for r_φ")
     near(losses, -dpo.policy_preference(pi, batch.ref, batch.yw, batch.yl, BETA).log(),
          "-log of Eq. 6")
+
+
+def test_appendix_b_has_the_same_values(batch):
+    """The formulas of the paper's printed code, which subtracts π_ref's log-ratio of a pair from
+    π_θ's, in NumPy."""
+    pi, ref, yw, yl = (x.detach().numpy() for x in (batch.pi, batch.ref, batch.yw, batch.yl))
+    log_ratios = (pi[yw] - pi[yl]) - (ref[yw] - ref[yl])
+    losses, rewards = dpo.dpo_loss(batch.pi, batch.ref, batch.yw, batch.yl, BETA)
+    near(losses, torch.from_numpy(np.logaddexp(0, -BETA * log_ratios)), "-log σ(β log-ratios)")
+    near(rewards, torch.from_numpy(BETA * (pi - ref)), "the rewards of all completions")
 
 
 def test_eq07_gradient_pushes_the_winner_up_and_stops_at_the_rewards(batch):
@@ -277,7 +288,7 @@ def test_eq07_gradient_pushes_the_winner_up_and_stops_at_the_rewards(batch):
     grad, = torch.autograd.grad(losses.sum(), pi)
     near(grad[batch.yw[0]], -BETA / 2, "at the start dL/d log π(y_w) = -β/2")
     near(grad[batch.yl[0]], BETA / 2, "at the start dL/d log π(y_l) = +β/2")
-    assert grad.count_nonzero() == 2, "a completion outside the pair has no part in it"
+    assert grad.count_nonzero() == 2, "a completion outside the pair has no gradient"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -312,7 +323,7 @@ def test_eq07_with_soft_labels_is_its_mean_over_the_label(batch):
 
 
 def test_eq07_on_population_preferences_is_minimal_at_pi_r_and_on_hard_labels_nowhere(world):
-    frequency = world.randn(len(world.p)).exp()  # any, if every pair occurs
+    frequency = world.randn(len(world.p)).exp()  # any will do if every pair occurs
     found = world.solve(0.3, world.p, frequency / frequency.sum())
     kl = dpo.kl_divergence(dpo.optimal_policy(world.ref, world.r, 0.3), found)
     near(kl, 0.0, "the minimum of Eq. 7 is Eq. 4's π_r", 1e-10)
@@ -422,7 +433,7 @@ def test_sec4_inspection_takes_one_graph_and_pairs_in_any_order(batch):
     near(mean[0], again[0], "the mean does not depend on the order")
     losses, _ = dpo.dpo_loss(pi, batch.ref, batch.yw, batch.yl, BETA)
     auto, = torch.autograd.grad(losses.mean(), theta)
-    near(mean[0], auto, "and is autograd's")
+    near(mean[0], auto, "and equals autograd's")
     near(mean[1], 0.0, "a parameter that is not used has gradient 0")
 
 
@@ -431,7 +442,7 @@ def test_sec4_weight_from_outside_has_its_gradient_and_its_integral(batch):
     args = pi, batch.ref, batch.yw, batch.yl, BETA
     losses, _ = dpo.weighted_loss(*args, lambda margin, beta: torch.sigmoid(-margin))
     eq7, _ = dpo.dpo_loss(*args)
-    near(losses, eq7 - math.log(2), "f(m) = -∫₀ᵐ w is Eq. 7 less its value at 0", 1e-4)
+    near(losses, eq7 - math.log(2), "f(m) = -∫₀ᵐ w is Eq. 7 minus its value at 0", 1e-4)
     near(*(torch.autograd.grad(x.sum(), pi)[0] for x in (losses, eq7)), "w = σ(-m) is DPO")
 
 
@@ -456,7 +467,7 @@ def test_sec4_scale_trap_a_constant_weight_has_no_scale_under_adam(batch, optimi
     one, tenth = train("constant", 1.0), train("constant", 0.1)
     assert (one - tenth).norm() < 1e-3 * one.norm(), "constant weight: β must not matter"
     one, tenth = train("sigmoid", 1.0), train("sigmoid", 0.1)
-    assert (one - tenth).norm() > 1e-2 * one.norm(), "DPO: β must matter, by way of the margins"
+    assert (one - tenth).norm() > 1e-2 * one.norm(), "DPO: β must matter, because margins have it"
 
 
 # --- Appendix A.3: rankings ---
@@ -555,7 +566,7 @@ MISTAKES = {
     "a reward of nan": ("not finite", lambda: dpo.preference_pairs(PI.view(2, 3) + math.nan)),
     "beta 0": ("beta must be positive, got 0", lambda: dpo.dpo_loss(PI, PI, ONE, TWO[:1], 0.0)),
     "beta nan": ("got nan", lambda: dpo.plackett_luce_loss(PI, PI, PI.view(2, 3), math.nan)),
-    "other completions": (r"\(6,\) under π and of \(5,\) under π_ref",
+    "other completions": (r"\(6,\) under π and of shape \(5,\) under π_ref",
                           lambda: dpo.dpo_loss(PI, PI[:5], ONE, ONE, BETA)),
     "Eq. 2 without pairs": ("one pair or more", lambda: dpo.reward_model_loss(PI, NONE, NONE)),
     "Eq. 7 without pairs": ("one pair or more", lambda: dpo.dpo_loss(PI, PI, NONE, NONE, BETA)),
@@ -609,7 +620,7 @@ MUTANTS = {  # a plausible wrong form of every equation, and the rows that must 
 
 
 def test_checks_of_dpo_py_all_pass_and_write_no_file(tmp_path, monkeypatch):
-    """`python dpo.py`, in a fork, which has torch already."""
+    """Runs `python dpo.py` in a fork, which has imported torch already."""
     def work():
         os.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(SOURCE)])

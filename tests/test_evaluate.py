@@ -1,5 +1,5 @@
-"""Laws of evaluate.py: the KL is the enumerated KL, nothing lies above the optimum, and the table
-shows what the files say."""
+"""Laws of evaluate.py: the KL is the enumerated KL, no policy lies above the optimum, and the table
+shows the numbers of the files."""
 
 import json
 import math
@@ -14,9 +14,10 @@ from conftest import folder
 
 import evaluate as module
 from data_imdb import encoding_of
-from evaluate import (correlation, distinct2, evaluate, held_out_measures, jackknife_optimum,
-                      optimal_frontier, optimal_reward, pairwise_accuracy, rank_correlation,
-                      repetition, sequence_kl, standard_error, write_samples)
+from evaluate import (COLUMNS, correlation, distinct2, evaluate, held_out_measures,
+                      jackknife_optimum, optimal_frontier, optimal_reward, pairwise_accuracy,
+                      rank_correlation, read_samples, repetition, report, sequence_kl,
+                      standard_error, table, write_samples)
 from gpt import GPT, GPTConfig, pad_rows
 from support.tokenizer_files import read_tiktoken
 
@@ -25,7 +26,7 @@ PROMPTS = [[0], [0, 1], [2, 2, 0]]
 
 
 def tiny(seed: int, sharpness: float = 40.0) -> GPT:
-    """A GPT whose distributions are far from uniform and from another seed's."""
+    """A GPT whose distributions are far from uniform and far from those of another seed."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=V, n_ctx=8, n_layer=1, n_head=2, n_embd=8))
     with torch.no_grad():
@@ -68,7 +69,7 @@ def scored(policy, reference, prompt, completions, temperature=1.0):
 
 
 def drawn(seed):
-    """The `sample` that evaluate takes."""
+    """The argument `sample` of evaluate."""
     return lambda model, prompts, temperature: model.sample(prompts, MAX_NEW, EOS, seed,
                                                             temperature)
 
@@ -84,7 +85,7 @@ def test_both_estimators_have_the_enumerated_kl_as_their_mean(pair, prompt, temp
     assert abs(p.sum() - 1) < 1e-12
     exact = sum(math.exp(a) * (a - b) for _, a, b in ys)
     kl, kl_mc, ref_nll = scored(*pair, prompt, [y[0] for y in ys], temperature)
-    assert exact > 0.1, "too easy a pair of models"
+    assert exact > 0.1, "the two models are too similar for this test"
     assert abs(p @ kl - exact) < 1e-5, "the per-step KL is not unbiased"
     assert abs(p @ kl_mc - exact) < 1e-5, "the one-sample estimate is not unbiased"
     for (_, logp, logq), mc, nll in zip(ys, kl_mc.tolist(), ref_nll.tolist()):
@@ -92,7 +93,7 @@ def test_both_estimators_have_the_enumerated_kl_as_their_mean(pair, prompt, temp
         assert abs(nll + logq) < 1e-5, "ref_nll is -log π_ref(y|x)"
 
 
-def test_means_over_samples_are_within_four_standard_errors(pair):
+def test_means_over_samples_are_within_four_standard_errors_of_the_enumerated_kl(pair):
     prompt = PROMPTS[1]
     exact = sum(math.exp(a) * (a - b) for _, a, b in enumerated(*pair, prompt))
     point = evaluate(*pair, [prompt] * 4000, None, drawn(0), EOS)
@@ -104,7 +105,8 @@ def test_means_over_samples_are_within_four_standard_errors(pair):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_near_the_reference_the_per_step_kl_has_the_smaller_variance(seed):
-    """At a distance of ε it varies by ε², one sample's estimate by ε. Far away there is no law."""
+    """With weights moved by ε, its standard deviation is of order ε², that of the one-sample
+    estimate of order ε. Far from π_ref there is no such law."""
     ratios = []
     for epsilon in (0.3, 0.03):
         policy, reference, other = tiny(seed), tiny(seed), tiny(seed + 100)
@@ -122,17 +124,17 @@ def test_near_the_reference_the_per_step_kl_has_the_smaller_variance(seed):
 
 def test_the_one_sample_estimate_can_be_negative_and_the_per_step_kl_cannot(pair):
     kl, kl_mc, _ = scored(*pair, [0], [y[0] for y in enumerated(*pair, [0])])
-    assert kl_mc.min() < -0.1, "somebody clamps log π - log π_ref"
+    assert kl_mc.min() < -0.1, "log π - log π_ref is clamped"
     assert kl.min() >= 0
 
 
-def test_a_policy_is_at_distance_zero_from_itself(pair):
+def test_the_kl_of_a_policy_to_itself_is_zero(pair):
     kl, kl_mc, _ = scored(pair[0], pair[0], [0], [y[0] for y in enumerated(*pair, [0])])
     assert torch.equal(kl, torch.zeros_like(kl)) and torch.equal(kl_mc, torch.zeros_like(kl))
 
 
-def test_chain_rule_so_the_prompt_is_not_counted(pair):
-    """KL(y|x) = KL(y₁|x) + KL(y₂|x y₁): what is moved into the prompt costs nothing more."""
+def test_the_chain_rule_holds_so_the_prompt_is_not_counted(pair):
+    """KL(y|x) = KL(y₁|x) + KL(y₂|x y₁), where y₁ has become a part of the second prompt."""
     x, y = [0, 1], [2, 1, 0, EOS]
     whole = scored(*pair, x, [y])
     for i in range(1, len(y)):
@@ -143,7 +145,7 @@ def test_chain_rule_so_the_prompt_is_not_counted(pair):
         "an empty completion has no KL: the prompt was counted"
 
 
-def test_nothing_after_the_end_matters(pair):
+def test_the_padding_after_a_completion_changes_nothing(pair):
     short, long = [0, EOS], [1, 1, 2, 1]
     alone = scored(*pair, [0], [short])
     idx, prompt_lens, lengths = pad_rows([[0], [0]], [short, long])
@@ -153,7 +155,7 @@ def test_nothing_after_the_end_matters(pair):
         torch.testing.assert_close(both[:, :1], alone, rtol=0, atol=1e-6)
 
 
-def test_the_decision_to_end_counts(pair):
+def test_the_step_that_draws_eos_counts(pair):
     ended, cut_off = scored(*pair, [0], [[1, EOS], [1]]).T
     logp, logq = (step_logps(model, [0, 1]) for model in pair)
     exact = float((logp.exp() * (logp - logq)).sum())
@@ -161,7 +163,7 @@ def test_the_decision_to_end_counts(pair):
     assert abs(ended[1] - cut_off[1] - float(logp[EOS] - logq[EOS])) < 1e-5
 
 
-def test_the_blocks_of_the_head_change_nothing(pair, monkeypatch):
+def test_computing_the_logits_in_blocks_changes_nothing(pair, monkeypatch):
     ys = [y[0] for y in enumerated(*pair, [0])]
     whole = scored(*pair, [0], ys)
     monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 7 * 4 * V)  # seven tokens at a time
@@ -187,11 +189,11 @@ def by_hand(pair):
     return evaluate(*pair, [[0]] * 4, Judge(), lambda *_: HAND, EOS)
 
 
-def test_a_points_fields_on_a_hand_made_list(pair):
+def test_every_field_of_a_point_on_completions_written_by_hand(pair):
     point = by_hand(pair)
     assert point["completions"] == HAND and point["samples"] == 4 and point["temperature"] == 1.0
-    assert point["eos"] == 3 / 4, "the share that ended itself"
-    assert point["length"] == 11 / 4, "in tokens, the end included"
+    assert point["eos"] == 3 / 4, "the share that ends with EOS"
+    assert point["length"] == 11 / 4, "in tokens, EOS included"
     assert point["grammatical"] == 0.25
     assert abs(point["reward"] - 0.4) < 1e-6
     for name, values in dict(length=[3, 5, 2, 1], reward=[0.1, 0.2, 0.6, 0.7]).items():
@@ -201,8 +203,8 @@ def test_a_points_fields_on_a_hand_made_list(pair):
         assert abs(point[name] - values.mean()) < 1e-6
         assert abs(point[name + "_se"] - statistics.stdev(values.tolist()) / 2) < 1e-6
     assert point["rewards"] == [0.1, 0.2, 0.6, 0.7] and len(point["kls"]) == 4
-    assert all(abs(a - b) < 1e-4 for a, b in zip(point["kls"], kl.tolist())), "four digits a prompt"
-    json.dumps(point, allow_nan=False)  # as it is written
+    assert all(abs(a - b) < 1e-4 for a, b in zip(point["kls"], kl.tolist())), "to four digits"
+    json.dumps(point, allow_nan=False)  # a run writes it like this
 
 
 def test_ref_ppl_is_exp_of_all_nll_over_all_tokens(pair):
@@ -210,17 +212,17 @@ def test_ref_ppl_is_exp_of_all_nll_over_all_tokens(pair):
     assert abs(by_hand(pair)["ref_ppl"] / math.exp(nll / 11) - 1) < 1e-5
     uniform = tiny(0, sharpness=0)
     assert abs(by_hand((pair[0], uniform))["ref_ppl"] - V) < 1e-5, \
-        "a uniform reference is perplexed by V tokens, whatever the lengths"
+        "a uniform reference has perplexity V, for all lengths"
 
 
-def test_without_a_reward_its_fields_are_none(pair):
+def test_without_a_reward_the_fields_of_the_reward_are_none(pair):
     point = evaluate(*pair, PROMPTS, None, drawn(0), EOS)
     assert point["reward"] is None and point["reward_se"] is None and point["grammatical"] is None
     assert "rewards" not in point and len(point["kls"]) == len(PROMPTS)
 
 
 def test_the_batch_size_changes_nothing(pair):
-    """Prompts of other lengths in the batch, and other batches, leave each prompt's numbers."""
+    """A prompt's numbers do not depend on the other prompts of its batch."""
     many = PROMPTS * 3
     points = [evaluate(*pair, many, None, drawn(3), EOS, batch_size=n) for n in (1, 4, 512)]
     for point in points[1:]:
@@ -229,7 +231,7 @@ def test_the_batch_size_changes_nothing(pair):
         assert abs(point["ref_ppl"] - points[0]["ref_ppl"]) < 1e-4
 
 
-def test_the_reward_is_given_the_prompts_and_what_was_sampled(pair):
+def test_the_reward_is_called_with_the_prompts_and_the_samples(pair):
     seen = []
 
     def reward(prompts, completions):
@@ -237,7 +239,7 @@ def test_the_reward_is_given_the_prompts_and_what_was_sampled(pair):
         return torch.zeros(len(prompts))
 
     a, b = (evaluate(*pair, PROMPTS * 20, reward, drawn(5), EOS) for _ in range(2))
-    assert a == b, "the same samples, two points"
+    assert a == b, "the same samples give the same point"
     assert seen[0] == (PROMPTS * 20, a["completions"])
 
 
@@ -254,16 +256,16 @@ def test_the_kl_is_of_the_policy_at_the_temperature_it_is_sampled_at(pair):
     assert min(abs(kls[0.5] - kls[1.0]), abs(kls[0.0] - kls[0.5])) > 0.05
 
 
-def test_repetition_and_distinct2_on_hand_made_lists():
+def test_repetition_and_distinct2_on_lists_written_by_hand():
     assert repetition([[1, 2, 3, 4, 5]]) == 0, "varied text"
     assert repetition([[7] * 12]) == 1 - 1 / 10, "one trigram, ten times"
     assert repetition([[1, 2, 3, 1, 2, 3]]) == 1 - 3 / 4, "123 231 312 123"
-    assert repetition([[1, 2], [7] * 12]) == 0.45, "a mean over completions; none, too short a one"
+    assert repetition([[1, 2], [7] * 12]) == 0.45, "a mean over completions; 0 if too short"
     assert repetition([[1, 2, 3], [1, 2, 3]]) == 0, "within a completion, not between them"
-    assert distinct2([[1, 2, 3], [1, 2, 4]]) == 3 / 4, "12 23 12 24, all together"
+    assert distinct2([[1, 2, 3], [1, 2, 4]]) == 3 / 4, "12 23 12 24, of all completions together"
     assert distinct2([[1, 1, 1, 1]]) == 1 / 3
     assert distinct2([[1], [2]]) == 0, "no bigram"
-    assert distinct2([[1, 2], [3, 4]]) == 1, "23 is no bigram: it crosses completions"
+    assert distinct2([[1, 2], [3, 4]]) == 1, "2 and 3 are in two completions: no bigram"
 
 
 def test_standard_error_falls_as_one_over_root_n():
@@ -280,7 +282,7 @@ BETAS = [float(b) for b in torch.logspace(1.3, -2, 60)]
 
 @pytest.fixture(scope="module")
 def rewards() -> torch.Tensor:
-    """3 prompts whose 16 completions are all there are, under a uniform reference."""
+    """3 prompts with 16 possible completions each, equally likely under the reference."""
     return torch.rand(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -318,7 +320,7 @@ def test_reward_and_kl_rise_as_beta_falls(rewards):
         assert b["reward"] > a["reward"] and b["kl"] > a["kl"] and b["ess"] < a["ess"]
     slopes = [(b["reward"] - a["reward"]) / (b["kl"] - a["kl"]) for a, b in zip(curve, curve[1:])]
     for slope, a, b in zip(slopes, curve, curve[1:]):
-        assert b["beta"] < slope < a["beta"], "β is the reward that one more nat buys"
+        assert b["beta"] < slope < a["beta"], "β is the slope of the curve"
 
 
 def test_no_policy_lies_above_the_curve(rewards):
@@ -337,26 +339,26 @@ def test_no_policy_lies_above_the_curve(rewards):
     compared = [(float(r), b) for r, b in zip(reward, best) if b is not None]
     assert len(compared) > 1000, "too few of the policies are within the curve's range"
     above = max(r - b for r, b in compared)
-    assert -1e-3 < above < 1e-3, f"{above} above (the chords of 60 β cost under 1e-3)"
+    assert -1e-3 < above < 1e-3, f"{above} above (interpolating 60 β errs by under 1e-3)"
 
 
-def test_effective_samples_and_the_limits(rewards):
+def test_effective_samples_and_the_limits_of_large_and_small_beta(rewards):
     limit = optimal_frontier(rewards, [1e9, 1e-4])
     assert abs(limit[0]["ess"] - 16) < 1e-6 and abs(limit[0]["kl"]) < 1e-9, "β = ∞ is π_ref"
     assert abs(limit[0]["reward"] - rewards.mean()) < 1e-6
     assert abs(limit[1]["ess"] - 1) < 1e-6, "β = 0: one completion has all the weight"
-    assert abs(limit[1]["kl"] - math.log(16)) < 1e-6, "no KL past log K"
+    assert abs(limit[1]["kl"] - math.log(16)) < 1e-6, "the KL cannot exceed log K"
     assert abs(limit[1]["reward"] - rewards.amax(1).mean()) < 1e-6
     tied = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
     point, = optimal_frontier(tied, [1e-4])
     assert abs(point["ess"] - 3) < 1e-6, "three equal best share the weight"
     assert abs(point["kl"] - math.log(2)) < 1e-6
     flat, = optimal_frontier(torch.full((2, 8), 0.5), [0.01])
-    assert abs(flat["kl"]) < 1e-9 and abs(flat["ess"] - 8) < 1e-6, "nothing to gain, nothing moves"
+    assert abs(flat["kl"]) < 1e-9 and abs(flat["ess"] - 8) < 1e-6, "equal rewards: π_r is π_ref"
 
 
 @pytest.mark.parametrize("beta", [1e-3, 1e-8, 1e-100, 1e-300])
-def test_a_tiny_beta_neither_overflows_nor_goes_past_log_k(rewards, beta):
+def test_a_tiny_beta_neither_overflows_nor_gives_a_kl_above_log_k(rewards, beta):
     point, = optimal_frontier(rewards.float(), [beta])
     assert len(point["rewards"]) == len(point["kls"]) == len(rewards)
     assert all(math.isfinite(x) for v in point.values()
@@ -365,8 +367,8 @@ def test_a_tiny_beta_neither_overflows_nor_goes_past_log_k(rewards, beta):
     json.dumps(point, allow_nan=False)
 
 
-def test_the_jackknife_takes_the_bias_of_few_samples_away():
-    """Rewards are 0 or 1 as a coin falls, 16 samples per prompt; Eq. 4's policy is known."""
+def test_the_jackknife_removes_most_of_the_bias_of_few_samples():
+    """Rewards are 0 or 1 with equal probability, 16 samples per prompt. Eq. 4's policy is known."""
     best = 1 / (1 + math.exp(-1))  # at β = 1
     kl = math.log(2) + best * math.log(best) + (1 - best) * math.log(1 - best)
     coins = torch.randint(2, (20_000, 16), generator=torch.Generator().manual_seed(0))
@@ -374,12 +376,12 @@ def test_the_jackknife_takes_the_bias_of_few_samples_away():
     for key, exact in (("reward", best), ("kl", kl)):
         se = point[key + "_se"]
         off, before = abs(point[key] - exact) / se, abs(plain[key] - exact) / se
-        assert before > 5, f"{key}: {before:.1f} standard errors off, too little to correct"
-        assert off < before / 2, f"{key}: {before:.1f} standard errors off, then {off:.1f}"
+        assert before > 5, f"{key} is only {before:.1f} standard errors off without it"
+        assert off < before / 2, f"{key} is {before:.1f} se off without it, {off:.1f} with it"
 
 
-def test_the_jackknife_is_twice_the_whole_less_the_mean_of_two_disjoint_halves(rewards):
-    """With samples 0, 2, 4 ... in one half and 1, 3, 5 ... in the other."""
+def test_the_jackknife_is_twice_the_whole_minus_the_mean_of_two_disjoint_halves(rewards):
+    """Samples 0, 2, 4 ... are one half, samples 1, 3, 5 ... the other."""
     for point in jackknife_optimum(rewards, [0.3, 0.1]):
         for i, key in enumerate(("reward", "kl")):
             each = [2 * gibbs(row[None], point["beta"])[i] - statistics.mean(
@@ -390,7 +392,7 @@ def test_the_jackknife_is_twice_the_whole_less_the_mean_of_two_disjoint_halves(r
             assert point[key + "_se"] == pytest.approx(se, abs=2e-4)
 
 
-def test_optimal_reward_interpolates_where_the_curve_can_be_trusted():
+def test_optimal_reward_interpolates_only_between_points_with_ess_of_2_or_more():
     curve = [dict(kl=2.0, reward=0.9, ess=2), dict(kl=0.0, reward=0.5, ess=64),
              dict(kl=1.0, reward=0.8, ess=20), dict(kl=3.0, reward=0.95, ess=1.9)]
     for kl, reward in ((0.0, 0.5), (0.5, 0.65), (1.0, 0.8), (1.5, 0.85), (2.0, 0.9)):
@@ -407,17 +409,17 @@ def test_optimal_reward_interpolates_where_the_curve_can_be_trusted():
 def test_pairwise_accuracy_counts_a_tie_as_half():
     a, b = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0, 1.0, 2.0])
     assert pairwise_accuracy(a, b).tolist() == [0, 1, 0.5]
-    assert pairwise_accuracy(a.numpy(), b.numpy()).tolist() == [0, 1, 0.5], "of NumPy's arrays too"
+    assert pairwise_accuracy(a.numpy(), b.numpy()).tolist() == [0, 1, 0.5], "NumPy arrays too"
 
 
 def test_held_out_accuracy_is_the_share_of_pairs_in_order():
-    rewards = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.2, 0.7]])  # 3 pairs and 2: a tie has no winner
+    rewards = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.2, 0.7]])  # 3 pairs and 2: a tie is no pair
     ref_logps = torch.tensor([-3.0, -4.0, -5.0, -6.0, -7.0, -8.0])
     right = held_out_measures(ref_logps + rewards.flatten(), ref_logps, rewards)
     assert right["accuracy"] == 1
     assert right["logp_chosen"] == pytest.approx((2 * -2.1 - 4.5 + 2 * -7.3) / 5)
     assert right["logp_rejected"] == pytest.approx((-4.5 + 2 * -3.9 - 5.8 - 6.8) / 5)
-    for h, accuracy in ((-rewards.flatten(), 0), (0, 0.5),  # π_ref has no view
+    for h, accuracy in ((-rewards.flatten(), 0), (0, 0.5),  # at π_ref every r̂ is 0
                         (torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0, 0.5]), 2 / 5)):
         got = held_out_measures(ref_logps + h, ref_logps, rewards)["accuracy"]
         assert got == pytest.approx(accuracy)
@@ -425,7 +427,7 @@ def test_held_out_accuracy_is_the_share_of_pairs_in_order():
 
 def test_rank_correlation_is_spearmans_within_a_prompt():
     r = torch.tensor([[1.0, 2, 3, 4], [0.9, 0.1, 0.5, 0.7]])
-    other = r.exp() * 7 + torch.tensor([[100.0], [-5.0]])  # another scale and f(x): the same order
+    other = r.exp() * 7 + torch.tensor([[100.0], [-5.0]])  # monotone plus f(x): the same ranks
     assert rank_correlation(other, r) == pytest.approx(1, abs=1e-6)
     assert rank_correlation(-r, r) == pytest.approx(-1, abs=1e-6)
     assert rank_correlation(torch.tensor([[2.0, 1, 3, 4]]), r[:1]) == pytest.approx(0.8, abs=1e-6)
@@ -454,42 +456,85 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_the_table_shows_the_files_numbers(chain):
+def test_the_table_shows_the_numbers_of_the_files(chain):
     result = read(folder(chain.out, "dpo") / "result.json")
     reference_eval = read(folder(chain.out, "groups") / "reference.json")
     lines = chain.text.splitlines()
-    (head,) = [line for line in lines if "reward r*" in line]
-    for column in ("KL, nats", "length", "ended", "repeated", "grammatical", "held-out acc."):
-        assert column in head
-    for name, row in (("π_ref", reference_eval["point"]), ("π_θ, β 0.5", result)):
-        (line,) = [line for line in lines if line.startswith(name)]
-        for key in ("reward", "kl", "length", "eos", "repetition", "grammatical"):
-            assert f"{row[key]:.3f}" in line, f"{key} in {line!r}"
-    assert f"{result['accuracy']:.3f}" in line
-    (line,) = [line for line in lines if line.startswith("optimum at that KL")]
-    best = optimal_reward(reference_eval["optimum"], result["kl"])
-    assert ("-" if best is None else f"{best:.3f}") in line and f"{result['kl']:.3f}" in line
+    at, = (i for i, line in enumerate(lines) if "reward r*  " in line)
+    assert lines[at - 1].startswith("π_θ: DPO, β 0.5; 8 held-out prompts"), "which run is it?"
+    head, before, after, best = lines[at : at + 4]
+    for title, (key, digits, _) in COLUMNS.items():
+        assert title in head and f"{result[key]:.{digits}f}" in after.split(), title
+        value = reference_eval["point"].get(key)
+        assert value is None or f"{value:.{digits}f}" in before.split(), title
+    assert len(before.split()) == len(after.split()) - 2, "π_ref has no KL ± and no accuracy"
+    assert [before[:5], after[:3], best[:18]] == ["π_ref", "π_θ", "optimum at that KL"]
+    reward = optimal_reward(reference_eval["optimum"], result["kl"])
+    assert best.split()[4:] == ["-" if reward is None else f"{reward:.3f}", f"{result['kl']:.3f}"]
     for name in ("curves.png", "samples.txt"):
         assert str(folder(chain.out, "dpo") / name) in chain.text, f"{name}'s path is not printed"
-    assert (folder(chain.out, "dpo") / "samples.txt").read_text().splitlines()[0] in lines
+    samples = (folder(chain.out, "dpo") / "samples.txt").read_text().split("\n\n")
+    assert "\n\n".join(samples[:4]) in chain.text and samples[4] not in chain.text
 
 
-def test_samples_stand_side_by_side(chain, tmp_path):
-    """The same prompts by π_ref and by the policy; "…" where a completion did not end itself."""
+def test_a_table_fits_100_columns_and_explains_itself():
+    wide = {key: 0.5 for key, *_ in COLUMNS.values()} | dict(
+        kl=754.3991, kl_se=12.3456, reward_se=0.01, length=64.0, length_se=0.44)
+    text = table({"π_θ": wide, "optimum at that KL": dict(reward=None, kl=754.3991)})
+    assert all(len(line) <= 100 for line in text.splitlines()), text
+    for title, (_, _, meaning) in COLUMNS.items():
+        assert f"{title}: {meaning}" in text.replace("\n", " ")
+    best = text.splitlines()[2]
+    assert best.split() == ["optimum", "at", "that", "KL", "-", "754.399"], "nothing else is known"
+    text = table({"π_θ": wide | dict(grammatical=None, reward=None)})
+    assert "grammatical" not in text and "r*" not in text, "no measure, no column"
+
+
+def test_a_report_says_where_to_look_and_what_to_run_next(chain, job, capsys):
+    def said(stage, *flags):
+        job.command = [*flags, "--out", "my out", "--beta", "0.5"]
+        report(job, stage)
+        return capsys.readouterr().out.splitlines()
+
+    job.reference_eval["point"]["reward"] = 0.4
+    after = read(folder(chain.out, "dpo") / "result.json")
+    kls, reward = (0, 2 * after["kl"]), 2 * after["reward"] - 0.4  # twice the gain at its KL
+    job.reference_eval["optimum"] = [dict(kl=kl, reward=reward, ess=4) for kl in kls]
+    lines = said("dpo")
+    assert "Look first at reward: π_θ has 50% of the gain that is possible at its KL." in lines
+    assert "Then compare grammatical with π_ref's, and look at the curves." in lines
+    nexts = [line.split("  #")[0] for line in lines if line.startswith("next:")]
+    assert nexts == [f"next:    python train.py --stage {name} --out 'my out' --beta 0.5"
+                     for name in ("inspect", "degenerate")], "the command's other flags stay"
+    for point in job.reference_eval["optimum"]:
+        point["kl"] /= 4
+    lines = said("dpo", "--stage", "inspect")
+    assert not any(line.startswith("next:") for line in lines), "dpo is made for another stage"
+    assert f"Look first at KL: above {after['kl'] / 2:.2f} the optimum cannot be estimated" in \
+        "\n".join(lines)
+    job.reference_eval["optimum"] = []  # a preference file's
+    assert not any(line.startswith("optimum") for line in said("dpo"))
+
+
+def test_samples_txt_shows_both_completions_of_each_prompt(chain, tmp_path):
+    """By π_ref and by the policy. "…" follows a completion that does not end with EOS. A line break
+    is shown as ⏎, so that each prompt has three lines."""
     enc = encoding_of(read_tiktoken(folder(chain.out, "dpo") / "bpe.tiktoken"))
     reference_eval = read(folder(chain.out, "groups") / "reference.json")
+    reference_eval["prompts"][1] = [enc.eot_token, *enc.encode_ordinary("User:\n\nHi\r\n" * 20)]
     ids = enc.encode_ordinary(" was\ndull.")
     job = SimpleNamespace(data=SimpleNamespace(enc=enc, eot=enc.eot_token),
                           reference_eval=reference_eval)
     after = dict(completions=[[*ids, enc.eot_token], ids] * 4, rewards=[0.25, 0.875] * 4)
-    write_samples(job, SimpleNamespace(path=lambda name: Path(tmp_path / name)), after, n=6)
-    blocks = (tmp_path / "samples.txt").read_text().strip("\n").split("\n\n")
+    run = SimpleNamespace(path=lambda name: Path(tmp_path / name))
+    write_samples(job, run, after, n=6)
+    blocks = read_samples(tmp_path)
     assert len(blocks) == 6
-    for i, block in enumerate(blocks):
-        prompt, before, last = block.splitlines()
-        assert prompt == "prompt:  " + enc.decode(reference_eval["prompts"][i][1:])
+    for i, (prompt, before, last) in enumerate(blocks):
+        assert prompt == "prompt:  " + ("User:⏎⏎Hi⏎" * 20)[:-1] if i == 1 else \
+            "prompt:  " + enc.decode(reference_eval["prompts"][i][1:])
         assert before.startswith(f"before:  r* {reference_eval['point']['rewards'][i]:.2f} |")
-        assert last == "after:   r* " + ("0.88 | was dull. …" if i % 2 else "0.25 | was dull.")
+        assert last == "after:   r* " + ("0.88 | was⏎dull. …" if i % 2 else "0.25 | was⏎dull.")
     del after["rewards"]
-    write_samples(job, SimpleNamespace(path=lambda name: Path(tmp_path / name)), after)
+    write_samples(job, run, after)
     assert "after:   r* - |" in (tmp_path / "samples.txt").read_text(), "no r* of a preference file"

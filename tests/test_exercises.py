@@ -1,6 +1,6 @@
-"""The grader is graded: the solution passes, the stub fails, each wrong answer is named.
+"""Laws of the exercises' checks: the solution passes, a stub fails, each wrong answer is named.
 
-In one process. A check is called as pytest would call it; the options go through pytest once.
+A check is called here as pytest would call it, in this process. A few tests start pytest itself.
 """
 
 import importlib
@@ -8,6 +8,8 @@ import inspect
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from grading import implementation
 from mutants import MUTANTS
 from solutions import SOLUTIONS
 
-NUMBERS = [f"{n:02}" for n in range(1, 12)]
+NUMBERS = [f"{n:02}" for n in range(1, 13)]
 FILES = {n: next(HERE.glob(f"ex{n}_*.py")) for n in NUMBERS}
 STUBS = {n: importlib.import_module(file.stem) for n, file in FILES.items()}
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -53,10 +55,10 @@ def outcome(check, impl, seed: int, runs: Path) -> str | None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """What --stage degenerate and four values of β leave behind, in small."""
+    """What --stage degenerate, four values of β and four kinds of labels leave behind, in small."""
     folder = tmp_path_factory.mktemp("toy")
     start = dict(kl=0.0, ref_ppl=3.5, reward=0.5, grammatical=0.96, eos=1.0, repetition=0.01,
-                 logp_chosen=-40.0, logp_rejected=-42.0, step=0)
+                 logp_chosen=-40.0, logp_rejected=-42.0, step=0, seed=0)
     end = dict(start, step=150)
     rows = [dict(start, weight="sigmoid"), dict(start, weight="constant"),
             dict(end, weight="sigmoid", kl=13.0, ref_ppl=4.7, grammatical=0.67, logp_chosen=-48.0,
@@ -71,6 +73,10 @@ def runs(tmp_path_factory) -> Path:
         (run / "config.json").write_text(json.dumps(dict(settings=dict(beta=beta))))
         (run / "result.json").write_text(json.dumps(dict(kl=kl, kl_se=0.03, reward=0.7,
                                                          reward_se=0.01)))
+    for run, kl in zip(STUBS["12"].RUNS.values(), (3.5, 2.1, 1.2, 0.9)):
+        (folder / run).mkdir()
+        (folder / run / "result.json").write_text(json.dumps(dict(kl=kl, kl_se=0.1, reward=0.7,
+                                                                  reward_se=0.01)))
     return folder
 
 
@@ -79,7 +85,7 @@ def is_dpos(f) -> bool:
 
 
 def holes(number: str) -> set[str]:
-    """What a student fills in: constants that are None, functions that raise."""
+    """What a student fills in: constants that are None, and functions that raise."""
     return {name for name, value in vars(STUBS[number]).items()
             if value is None and name.isupper() or inspect.isfunction(value)
             and f'raise NotImplementedError("exercise {number}: ' in inspect.getsource(value)}
@@ -130,7 +136,8 @@ def test_each_check_is_the_best_diagnosis_of_a_wrong_answer():
 
 @pytest.mark.parametrize("number, command", [
     ("06", "python train.py --preset toy --stage degenerate"),
-    ("08", "python train.py --preset toy --stage dpo --beta 0.25")])
+    ("08", "python train.py --preset toy --stage dpo --beta 0.25"),
+    ("12", "python train.py --preset toy --stage dpo --beta 0.5 --dpo-steps 300")])
 def test_a_missing_measurement_says_what_to_run(number, command, tmp_path):
     said = [outcome(check, implementation(number, "solution"), 0, tmp_path)
             for check in checks(number).values()]
@@ -147,13 +154,14 @@ def test_two_points_within_their_errors_have_no_order(runs, tmp_path, beta, pass
             (copy / file.name).write_text(file.read_text())
     path = tmp_path / "dpo-beta1.0" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(kl=beta)))
-    check = checks("08")["test_the_order_is_the_measured_one"]
+    check = checks("08")["test_the_measurement_agrees"]
     assert (outcome(check, implementation("08", "solution"), 0, tmp_path) is None) == passes
 
 
-def test_the_figure_of_08_waits_for_the_prediction(runs, tmp_path):
-    with pytest.raises(SystemExit, match="exercise 08: PREDICTION is None"):
-        STUBS["08"].main()
+def test_what_was_measured_is_shown_after_the_prediction(runs, tmp_path):
+    for number in "08", "12":
+        with pytest.raises(SystemExit, match=f"exercise {number}: PREDICTION is None"):
+            STUBS[number].main()
     STUBS["08"].draw(STUBS["08"].measured(runs), tmp_path / "ex08.png")
     assert (tmp_path / "ex08.png").stat().st_size > 1000
 
@@ -165,7 +173,8 @@ def test_the_header_has_the_five_lines(number):
     names = [line.split(":")[0] for line in lines[2:7]]
     assert names == ["Equation", "Kind", "Time", "Machine", "Check"], names
     assert set(re.findall(r"[A-Z]{4,}", lines[3])) & {"WRITE", "PREDICT", "SWEEP", "ACCOUNT"}
-    assert f"python -m pytest exercises/test_ex{number}.py" in lines[6]
+    assert re.search(rf"python -m pytest exercises/test_ex{number}.py .*--tb=short", lines[6])
+    assert "(an estimate)" in lines[4] and "CPU" in lines[5]
 
 
 def test_the_teachers_page_is_right():
@@ -178,7 +187,7 @@ def test_the_teachers_page_is_right():
         assert set(kinds.split(", ")) == set(re.findall(r"[A-Z]{4,}", header[3])), number
         assert int(minutes) == int(header[4].split()[1]), f"{number}: minutes, table and header"
         assert int(n) == len(checks(number)), f"{number} has {len(checks(number))} checks"
-    assert f"That is {sum(int(row[4]) for row in rows)} for the checks" in README
+    assert all("--tb=" in line for line in README.splitlines() if "-m pytest" in line)
     for title, total in ("Fifty minutes", 50), ("Three hours", 180):
         plan = README.split(f"## {title}\n")[1].split("\n## ")[0]
         assert sum(map(int, re.findall(r"^\| (\d+) \|", plan, re.M))) == total, title
@@ -206,26 +215,50 @@ def test_signatures_let_a_students_file_stand_in():
             assert set(own_functions(dpo, str(FILES[number]))) == theirs[number]
 
 
-class Results:
-    def __init__(self):
-        self.outcomes = []
+@pytest.fixture
+def graded(capsys, monkeypatch):
+    """graded(words of a command after pytest) -> what it prints."""
+    def run(*words: str) -> str:
+        monkeypatch.chdir(ROOT)
+        pytest.main([*words, "-p", "no:cacheprovider"])
+        return capsys.readouterr().out
+    return run
 
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.failed:
-            self.outcomes.append((report.nodeid.split("::")[-1], report.outcome))
+
+@pytest.mark.parametrize("options, marks, words", [
+    (["--impl", "solution", "--seed", "7"], "11 of 11", "11 passed"),
+    ([], "0 of 11", "exercise 03: write Eq. 7"),  # the student, before a line is written
+    (["--impl", "mutant:no_reference", "-x"], "1 of 11", "is π_ref in the loss?"),
+    (["--impl", "nobody"], "0 of 11", "--impl is student, solution or mutant:NAME")])
+def test_the_options_reach_the_checks(options, marks, words, graded):
+    said = graded("exercises/test_ex03.py", "-q", "--tb=short", *options)
+    assert words in said and f"exercise 03: {marks}\n" in said, said
 
 
-@pytest.mark.parametrize("options, wanted", [
-    (["--impl", "solution", "--seed", "7"], {"passed"}),
-    ([], {"failed"}),  # the student, before a line is written
-    (["--impl", "mutant:no_reference", "-x"], {"passed", "failed"}),
-    (["--impl", "nobody"], {"failed"})])
-def test_the_options_reach_the_checks(options, wanted, capsys):
-    results = Results()
-    pytest.main([str(HERE / "test_ex03.py"), "-q", "-p", "no:cacheprovider", *options],
-                plugins=[results])
-    assert {result for _, result in results.outcomes} == wanted
-    if "-x" in options:
-        assert results.outcomes[-1] == ("test_the_reference_costs_log_2", "failed")
-    if "nobody" in options:
-        assert "--impl is student, solution or mutant:NAME" in capsys.readouterr().out
+def test_the_message_comes_before_any_other_line_of_the_traceback(graded):
+    for mutant, number in ("beta_outside", "03"), ("one_word_for_09", "09"):
+        said = graded(f"exercises/test_ex{number}.py", "-q", "-x", "--tb=short", "--impl",
+                      f"mutant:{mutant}").split("= FAILURES =")[1].split("\n")
+        assert "grading.py" not in "".join(said), "a helper's lines are shown"
+        first = next(i for i, line in enumerate(said) if line.startswith("E  "))
+        assert first <= 7 and named_check(mutant)[1] in " ".join(said[first:]), said
+
+
+def test_marking_as_documented_gives_full_marks(graded, tmp_path):
+    """In a fresh clone, where nothing was trained that a prediction is compared with."""
+    command, = re.findall(r"^python -m pytest (exercises .*)$", README, re.M)
+    said = graded(*shlex.split(command), "--impl", "solution", "--runs", str(tmp_path))
+    total = re.search(r"That is (\d+) for the checks", README)[1]
+    assert f"all: {total}\n" in said, said
+    for number in "06", "08", "12":
+        assert re.search(rf"exercise {number}: (\d+) of \1; the prediction is not confirmed", said)
+    assert re.search(r"exercise 05: (\d+) of \1\n", said), "a confirmed prediction needs no note"
+
+
+def test_a_file_that_cannot_be_imported_costs_its_own_marks_alone(tmp_path):
+    folder = shutil.copytree(HERE, tmp_path / "exercises")
+    (folder / FILES["07"].name).write_text("def preference_pairs(:")
+    said = subprocess.run(
+        [sys.executable, "-m", "pytest", folder / "test_ex02.py", folder / "test_ex07.py", "-q",
+         "--tb=line", "--continue-on-collection-errors"], capture_output=True, text=True).stdout
+    assert "exercise 02: 0 of 9\n" in said and "exercise 07: 0, its file cannot" in said, said

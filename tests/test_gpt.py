@@ -1,5 +1,5 @@
-"""Laws of gpt.py: it is GPT-2, its log-probs are softmax's, and a completion depends on nothing but
-its prompt and its uniforms. Files of GPT-2's own: tests/test_hf_gpt2.py."""
+"""Laws of gpt.py: it computes what GPT-2 computes, its log-probs are those of softmax, and a
+completion depends only on its prompt and its uniforms. GPT-2's files: tests/test_hf_gpt2.py."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ SIZE = dict(vocab_size=61, n_ctx=24, n_layer=2, n_head=2, n_embd=16)
 
 
 def tiny(seed=0, std=0.3, dtype=torch.float64, **changes) -> GPT:
-    """A small GPT whose next token is far from uniform, which it is at the first weights."""
+    """A small GPT with weights so large that the next token is not uniform."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SIZE | changes)).to(dtype).eval()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def ids(*shape, V=61, seed=0):
 
 
 def all_but_first(idx):
-    """The mask that scores every token but the first of a row."""
+    """The mask that scores all tokens except each row's first."""
     return (torch.arange(idx.size(1)) > 0).expand(idx.shape)
 
 
@@ -126,7 +126,7 @@ def test_cached_steps_are_the_whole_forward():
 
 
 def test_sequence_past_the_context_is_refused():
-    with pytest.raises(ValueError, match="25 tokens do not fit a context of 24"):
+    with pytest.raises(ValueError, match="got 25 tokens, wanted at most 24"):
         tiny()(ids(1, 25))
 
 
@@ -157,7 +157,7 @@ def test_length_buckets_hold_each_row_once_and_like_lengths_together(batch_size)
 
 
 def plain_logps(model, idx, mask):
-    """What token_logps should be: softmax at every position, in the model's own precision."""
+    """What token_logps should return: softmax at every position, in the model's precision."""
     logps = model(idx[:, :-1]).log_softmax(-1).gather(-1, idx[:, 1:, None])[..., 0]
     return F.pad(logps, (1, 0)) * mask
 
@@ -165,7 +165,7 @@ def plain_logps(model, idx, mask):
 @pytest.mark.parametrize("kept", [99, 7], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("block", [99, 3], ids=["whole", "blocks"])
 def test_token_logps_and_gradient_are_softmaxs(monkeypatch, kept, block):
-    """Whatever the number of tokens whose logits may be kept for backward or be made at once."""
+    """For any limit on the logits that are kept for backward or computed at once."""
     monkeypatch.setattr(gpt, "LOGITS_BUDGET", {"cpu": 4 * 61 * kept})
     monkeypatch.setattr(gpt, "BLOCK_BYTES", {"cpu": 4 * 61 * block})
     model, idx = tiny(), ids(4, 9)
@@ -197,7 +197,7 @@ def test_logits_past_the_budget_are_not_kept(monkeypatch, kept):
     (torch.float64, False, 1e-13), (torch.float32, False, 1e-5), (torch.bfloat16, False, 0.02),
     (torch.float32, True, 0.02)], ids=["float64", "float32", "bfloat16", "autocast"])
 def test_head_logps_and_gradients_are_cross_entropys(dtype, autocast, tolerance):
-    """By F.cross_entropy in float64, of the same rounded numbers."""
+    """The oracle is F.cross_entropy in float64, on the same rounded numbers."""
     torch.manual_seed(0)
     h, w = (torch.randn(n, 32).bfloat16().to(dtype).requires_grad_() for n in (40, 300))
     targets, weight = ids(40, V=300), torch.rand(40)
@@ -218,11 +218,11 @@ def test_head_logps_gradcheck_and_a_second_backward():
     assert torch.autograd.gradcheck(lambda h, w: HeadLogps.apply(h, w, targets, True), (h, w))
     logps = HeadLogps.apply(h, w, targets, True)
     grads = [torch.autograd.grad(logps.sum(), (h, w), retain_graph=True) for _ in range(2)]
-    assert max(map(largest, *grads)) == 0, "backward spoils what it saved"
+    assert max(map(largest, *grads)) == 0, "backward changes what it saved"
 
 
 def test_gradient_at_a_token_that_is_nearly_certain():
-    """1 - p is computed as such: of a p that bf16 rounds to 1 nothing would be left."""
+    """1 - p is not computed from a rounded p: bf16 rounds this p to 1, and 1 - p would be 0."""
     h = torch.tensor([[8.0]], dtype=torch.bfloat16, requires_grad=True)
     w = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
     HeadLogps.apply(h, w, torch.tensor([0]), True).backward()
@@ -244,8 +244,8 @@ def test_no_token_to_score():
     assert not model.wte.weight.grad.any()
 
 
-def test_half_precision_sees_past_the_constant_that_gpt2_s_logits_share():
-    """At -60 bf16's step is 0.25: without centring every log-prob would be off by a tenth."""
+def test_half_precision_ignores_a_constant_that_all_logits_share():
+    """Near -60 bf16 has steps of 0.25: without centring, log-probs would be wrong by about 0.1."""
     model, idx = tiny(dtype=torch.float32, std=0.1), ids(4, 24)
     with torch.no_grad():  # every hidden state has a 10 in channel 0, every row of W a -6
         model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0, 10, -6
@@ -258,7 +258,7 @@ def test_half_precision_sees_past_the_constant_that_gpt2_s_logits_share():
         gradients.append(torch.cat([g.flatten() for g in gradient]))
     assert -70 < logits[0].mean() < -50
     assert logps[1].dtype == torch.float32 and 0 < largest(*logps) < 0.05
-    assert largest(*(x.log_softmax(-1) for x in logits)) < 0.05, "to sample from"
+    assert largest(*(x.log_softmax(-1) for x in logits)) < 0.05, "the logits for sampling"
     assert F.cosine_similarity(*gradients, dim=0) > 0.999
 
 
@@ -266,7 +266,7 @@ def test_half_precision_sees_past_the_constant_that_gpt2_s_logits_share():
 
 
 def check_counts(logits, p, **filters):
-    """Over an even grid of uniforms each token comes n p times, give or take those at its ends."""
+    """With n evenly spaced uniforms each token is drawn n p times, plus or minus 1."""
     u = (torch.arange(5000, dtype=torch.float64) + 0.5) / 5000
     drawn = sample_inverse_cdf(logits.expand(5000, -1), u, **filters)
     counts = torch.bincount(drawn, minlength=len(logits))
@@ -307,21 +307,21 @@ def test_filters_are_transformers(filters):
     (dict(top_p=0.81), [0, 0, 1, 1, 2, 2])], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inverse_cdf_by_hand(filters, drawn, dtype):
-    """Of 0.2, 0.5 and 0.3; with token 0 filtered out, of 0 and 0.5/0.8 and 0.3/0.8."""
+    """The probabilities are 0.2, 0.5, 0.3. With token 0 filtered out they are 0, 0.625, 0.375."""
     logits = torch.tensor([0.2, 0.5, 0.3]).log().to(dtype).expand(6, -1)
     u = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-24])
     assert sample_inverse_cdf(logits, u, **filters).tolist() == drawn
 
 
 @pytest.mark.parametrize("V", [3, 256, 50257])
-def test_never_takes_what_has_no_probability(V):
-    """At the ends of [0, 1) too, where rounding could lead past the last token."""
+def test_a_token_of_probability_0_is_never_drawn(V):
+    """Also not for u at the ends of [0, 1), where rounding could lead past the last token."""
     u = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])
     for possible in ([0], [V - 1], [V // 2], [1, V - 2]):
         logits = torch.full((4, V), -math.inf)
         logits[:, possible] = torch.randn(len(possible))
         drawn = sample_inverse_cdf(logits, u).tolist()
-        assert set(drawn) <= set(possible), f"{drawn} are drawn, {possible} may be"
+        assert set(drawn) <= set(possible), f"{drawn} are drawn, wanted {possible}"
         assert drawn[0] == possible[0] and drawn[3] == possible[-1]
     flat = sample_inverse_cdf(torch.zeros(4, V), u)
     assert flat[0] == 0 and flat[3] == V - 1
@@ -331,8 +331,8 @@ def test_never_takes_what_has_no_probability(V):
 @pytest.mark.parametrize("filters", [dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.5)],
                          ids=str)
 def test_logits_of_a_diverged_model_give_some_token(V, filters):
-    """NaN at every place and at one, and infinity: never an index past the vocabulary, which a GPU
-    reports only as a device-side assertion; rows beside it are not disturbed."""
+    """For NaN in one or in all places and for infinity, the index stays inside the vocabulary: on a
+    GPU a larger index would be a device-side assertion. Other rows of the batch do not change."""
     good = torch.randn(V, generator=torch.Generator().manual_seed(0))
     rows = [torch.full((V,), x) for x in (math.nan, math.inf, -math.inf)]
     for at, x in itertools.product({0, V // 2, V - 1}, (math.nan, math.inf)):
@@ -359,7 +359,7 @@ PROMPTS = [[5, 1, 2], [7], [3, 3, 3, 3, 3], [8, 9], [1, 4, 1, 5, 9, 2, 6]]
 
 @torch.no_grad()
 def by_hand(model, prompts, max_new_tokens, eos, seed, **filters):
-    """The sampler without its cache, its batches and its ragged prompts."""
+    """The sampler without a cache and without batches: one prompt after the other."""
     generator, out = torch.Generator().manual_seed(seed), []
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
     for prompt, u in zip(prompts, uniforms):
@@ -379,7 +379,7 @@ def test_sample_is_the_plain_loop(filters):
 
 
 def test_sample_is_the_plain_loop_for_a_large_vocabulary():
-    """In float32 on a CPU the head is then a product of oneDNN's."""
+    """With a large vocabulary oneDNN computes the head in float32 on a CPU."""
     model, args = tiny(std=0.2, dtype=torch.float32, vocab_size=2**15 + 1), (PROMPTS, 6, 3, 0)
     assert model.sample(*args) == by_hand(model, *args)
 
@@ -415,12 +415,12 @@ def test_sample_ends_at_max_new_tokens_and_at_the_context():
     model = tiny()
     for size, most, length in ((1, 1, 1), (20, 10, 4), (23, 10, 1), (1, 50, 23)):
         assert [len(r) for r in model.sample([[1] * size] * 2, most, -1, 0)] == [length] * 2
-    assert list(map(len, model.sample([[1] * 20, [1]], 10, -1, 0))) == [4, 10], "side by side"
+    assert list(map(len, model.sample([[1] * 20, [1]], 10, -1, 0))) == [4, 10], "both in one batch"
     assert model.sample([], 10, 0, 0) == []
 
 
 def test_sampling_waits_for_a_gpu_once_in_four_tokens():
-    """Rows end at different steps, so that some are dropped on the way."""
+    """Also where rows end at different steps, so that some are dropped before the end."""
     model = tiny(dtype=torch.float32)
 
     def waits(tokens, eos):
@@ -431,11 +431,12 @@ def test_sampling_waits_for_a_gpu_once_in_four_tokens():
     assert waits(20, -1)[0] - waits(12, -1)[0] == 2
     dropping, lengths = waits(20, 3)
     assert lengths > 5 and dropping <= waits(20, -1)[0]
-    assert waits(20, -1)[0] <= 20 / 4 + 5, "the lengths before, and the result"
+    assert waits(20, -1)[0] <= 20 / 4 + 5, "5 more: for the lengths and the result"
 
 
 def test_common_random_numbers():
-    """Under one seed equal policies agree, and close ones too; other seeds give other samples."""
+    """With one seed equal policies give equal samples, and here similar ones do too. Another seed
+    gives other samples."""
     a, b = tiny(std=0.1), tiny(std=0.1)
     with torch.no_grad():
         b.wte.weight.add_(1e-6)
@@ -448,7 +449,7 @@ def test_common_random_numbers():
 
 
 def test_completions_are_as_frequent_as_their_probability():
-    """All 40 completions of 3 tokens at most, where 0 of 4 tokens ends one: Pearson's statistic."""
+    """Pearson's test on all 40 completions of at most 3 tokens out of 4, where token 0 is EOS."""
     model, n = tiny(std=0.15, vocab_size=4), 4000
     new = [y for k in (1, 2, 3) for y in itertools.product(range(4), repeat=k)
            if 0 not in y[:-1] and (k == 3 or y[-1] == 0)]
@@ -464,10 +465,10 @@ def test_completions_are_as_frequent_as_their_probability():
 def test_sampling_is_without_autograd_and_dropout_and_leaves_the_mode():
     model, saved = tiny(dropout=0.5), []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
-        calm = model.sample(PROMPTS, 8, -1, 0)
+        samples = model.sample(PROMPTS, 8, -1, 0)
     assert not saved and not model.training
     model.train()
-    assert model.sample(PROMPTS, 8, -1, 0) == calm, "dropout was on"
+    assert model.sample(PROMPTS, 8, -1, 0) == samples, "dropout was on"
     assert model.training and model.h[0].training
     with pytest.raises(ZeroDivisionError):
         model.sample(PROMPTS, 8, -1, 0, parallel=lambda work, parts: 1 / 0)
@@ -483,7 +484,7 @@ def test_sampling_under_autocast():
 
 @pytest.mark.parametrize("prompt", [[], [1] * 24, [1] * 30], ids=len)
 def test_prompt_without_room_is_refused(prompt):
-    with pytest.raises(ValueError, match=f"a prompt of {len(prompt)} tokens; the context is 24"):
+    with pytest.raises(ValueError, match=f"got a prompt of {len(prompt)} tokens, wanted 1 to 23"):
         tiny().sample([[1], prompt], 4, 0, 0)
 
 
@@ -515,10 +516,10 @@ def weight(name, change):
       for x in (10**9, 10**15, 0, -1, 2.0, True, None, "2", torch.tensor(2))),
     *((sizes(**{name: 10**15}), f"{name} is 1000000000000000; wanted a whole number from 1 to 1")
       for name in ("vocab_size", "n_ctx", "n_head", "n_embd")),
-    (sizes(n_head=3), "n_embd 16 does not divide by n_head 3"),
+    (sizes(n_head=3), "n_embd 16 is no multiple of n_head 3"),
     (sizes(n_embd=32), "wte.weight should have shape (61, 32) and hold floats, got (61, 16)"),
     (sizes(n_embd=10**6), "wte.weight should have shape (61, 1000000)"),
-    (sizes(n_layer=1000), "it has no h.2.ln_1.weight, which should have shape (16,)"),
+    (sizes(n_layer=1000), "it has no h.2.ln_1.weight, wanted with shape (16,)"),
     (sizes(n_layer=1), "12 weights that this model does not have, among them h.1.attn."),
     (lambda c: c | {"model": {}}, "it has no wte.weight"), (lambda c: c | {"model": [1]}, ""),
     (lambda c: c | {"model": {"body": c["model"]["wte.weight"]}}, "it has no wte.weight"),
@@ -534,7 +535,7 @@ def test_load_refuses_what_is_no_checkpoint_of_ours(tmp_path, change, word):
         GPT.load(tmp_path / "model.pt")
     sentence = str(caught.value)
     assert "model.pt is damaged or of another kind" in sentence and word in sentence
-    assert "where a stage made it, delete that stage's folder" in sentence and "\n" not in sentence
+    assert "if a stage made it, delete that stage's folder" in sentence and "\n" not in sentence
 
 
 def test_other_precisions_become_float32(tmp_path):
@@ -547,8 +548,8 @@ def test_other_precisions_become_float32(tmp_path):
 
 @pytest.mark.parametrize("size, words", [
     (dict(n_layer=10**9), "n_layer is 1000000000; wanted a whole number from 1 to 1,000"),
-    (dict(n_head=5), "n_embd 768 does not divide by n_head 5")])
-def test_sizes_are_checked_where_they_are_named(size, words):
+    (dict(n_head=5), "n_embd 768 is no multiple of n_head 5")])
+def test_impossible_sizes_are_refused_by_name(size, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**size)
 
@@ -577,7 +578,7 @@ def test_main_prints_samples(run, encoding, capsys):
     code, out, err = gpt_py(capsys, *args, "--max-new-tokens", 9)
     prompt = [eos] + encoding.encode_ordinary("This movie")
     rows = GPT.load(run / "model.pt").sample([prompt] * 100, 9, eos, 0)
-    assert any(row[-1] == eos for row in rows), "too few samples to see one end"
+    assert any(row[-1] == eos for row in rows), "no sample ends, so nothing is shown"
     texts = [encoding.decode(row).removesuffix("<|endoftext|>") for row in rows]
     assert (code, err) == (0, "") and out == "".join(f"This movie|{text}\n\n" for text in texts)
     assert gpt_py(capsys, *args, "--max-new-tokens", 9, "--seed", 1)[1] != out
@@ -600,7 +601,7 @@ def test_main_exports_what_transformers_opens_and_what_it_reads_itself(run, tmp_
     samples = [gpt_py(capsys, "--checkpoint", place, *args) for place in (run, folder)]
     assert samples[0] == samples[1] and samples[0][0] == 0
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    for place in folder, run:  # a run's folder too
+    for place in folder, run:  # neither an export nor a run is overwritten
         code, _, err = gpt_py(capsys, "--checkpoint", run, "--export", place)
         assert code == 2 and f"{place} is not empty: give a new folder" in err
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
@@ -617,7 +618,7 @@ def test_main_exports_what_transformers_opens_and_what_it_reads_itself(run, tmp_
 
 def test_the_tokenizer_of_a_folder_is_used_or_the_folder_is_refused(run, encoding, tmp_path,
                                                                     capsys):
-    """Its ids would mean other texts by GPT-2's."""
+    """With GPT-2's own tokenizer its ids would mean other texts."""
     folder = tmp_path / "hf"
     gpt_py(capsys, "--checkpoint", run, "--export", folder)
     vocab = json.loads((folder / "vocab.json").read_text())

@@ -1,5 +1,5 @@
-"""Laws of support/hf_gpt2.py: transformers and we read each other's folders and compute the same,
-and what is no GPT-2 is refused in a sentence.
+"""Laws of support/hf_gpt2.py: transformers and this code read each other's folders and compute the
+same, and other models are refused in one sentence.
 
 The oracle is transformers (requirements-dev.txt).
 """
@@ -43,13 +43,13 @@ def test_load_gives_back_what_was_saved(folder):
     assert again.config == GPTConfig(**SIZE, dropout=0.1)
     for key, p in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], p), key
-    (folder / "model.safetensors").write_bytes(b"")  # the model does not read from it any more
+    (folder / "model.safetensors").write_bytes(b"")  # the model no longer needs the file
     assert torch.equal(again.wte.weight, model.wte.weight)
 
 
 @pytest.mark.parametrize("n_ctx", [9, 24, 150])
 def test_tensors_start_on_eight_bytes(tmp_path, n_ctx):
-    """As safetensors asks of whoever writes one."""
+    """The safetensors format demands this of a writer."""
     hf_gpt2.save(tiny(n_ctx=n_ctx), tmp_path)
     raw = (tmp_path / "model.safetensors").read_bytes()
     assert struct.unpack("<Q", raw[:8])[0] % 8 == 0
@@ -69,13 +69,13 @@ def test_n_inner_of_the_usual_size_is_accepted(folder):
 # ------------------------------------------------------------------------------ the download
 
 
-PAGE = b"<!DOCTYPE html><title>Log in to the network of this hotel</title>" + b" " * 3000
+PAGE = b"<!DOCTYPE html><title>Log in to this network</title>" + b" " * 3000
 
 
 @contextlib.contextmanager
 def hub(page, sha256, patch):
-    """A server as huggingface.co is: it redirects to the file, and names its SHA-256. Yields the
-    paths that were asked for."""
+    """A server like huggingface.co: it redirects to the file and sends its SHA-256. Yields the list
+    of its requests."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -108,7 +108,7 @@ def hub(page, sha256, patch):
 
 @pytest.fixture
 def published(folder, monkeypatch):
-    """The bytes of model.safetensors of a GPT-2 as small as ours."""
+    """The bytes of a published model.safetensors; "gpt2" is as small as the model of `folder`."""
     monkeypatch.setitem(hf_gpt2.GPT2_SIZES, "gpt2", SIZE)
     return (folder / "model.safetensors").read_bytes()
 
@@ -134,18 +134,18 @@ def test_download_once_then_read_the_copy(published, tmp_path, monkeypatch):
 @pytest.mark.parametrize("named", [True, False])
 def test_a_download_of_something_else_is_not_kept(published, page, word, named, tmp_path,
                                                   monkeypatch):
-    """Whether or not the server names the SHA-256 of what it should send."""
+    """With and without a SHA-256 from the server."""
     sha256 = hashlib.sha256(published).hexdigest() if named else "of another kind"
     with hub(page(published), sha256, monkeypatch):
         if not named and not word:
-            return  # one byte of a weight: only a checksum could tell
+            return  # one byte of a weight is wrong: only a checksum can show that
         refusal(lambda: GPT.from_pretrained("gpt2", cache=tmp_path / "data"),
                 "invalid hash" if named else word, "/gpt2/resolve/main/model.safetensors",
                 f"try again, or put model.safetensors of gpt2 into {tmp_path}/data/gpt2")
     assert not list((tmp_path / "data" / "gpt2").iterdir())
 
 
-def test_no_network_is_one_sentence(tmp_path, monkeypatch):
+def test_without_a_network_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(hf_gpt2, "GPT2_URL", f"file://{tmp_path}/nowhere/{{name}}/{{file}}")
     refusal(lambda: GPT.from_pretrained("gpt2-xl", cache=tmp_path), "cannot download",
             "nowhere/gpt2-xl/model.safetensors", f"into {tmp_path}/gpt2-xl")
@@ -158,7 +158,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hugging():
-    """make(**config): transformers' small random GPT-2."""
+    """make(**config): a small random GPT-2 of transformers."""
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
 
     def make(**config):
@@ -166,7 +166,7 @@ def hugging():
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**dict(
             vocab_size=61, n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
             bos_token_id=60, eos_token_id=60, pad_token_id=60) | config)).eval()
-        with torch.no_grad():  # biases and gains too: they start at 0 and 1
+        with torch.no_grad():  # also biases and gains, which are 0 and 1
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.1)
         return model
@@ -175,14 +175,14 @@ def hugging():
 
 
 def old_buffers(prefix):
-    """What old checkpoints also hold: the causal mask of each layer, and a constant."""
+    """Old checkpoints also hold these: the causal mask of each layer, and a constant."""
     mask = torch.ones(24, 24, dtype=torch.uint8).tril().view(1, 1, 24, 24)
     names = itertools.product(range(2), [("bias", mask), ("masked_bias", torch.tensor(-1e4))])
     return {f"{prefix}h.{i}.attn.{name}": value.clone() for i, (name, value) in names}
 
 
 def write_weights(state, folder, file):
-    """One of hf_gpt2.WEIGHTS; an index with two shards of the tensors."""
+    """Writes one of hf_gpt2.WEIGHTS. If it is an index, it has two shards."""
     from safetensors.torch import save_file
 
     write = save_file if "safetensors" in file else torch.save
@@ -215,7 +215,7 @@ def test_reads_transformers_files(hugging, tmp_path, file, prefix, extras):
 
 
 def test_reads_what_save_model_writes(hugging, tmp_path):
-    """It keeps one of two tied tensors: lm_head.weight."""
+    """Of the two tied tensors it keeps lm_head.weight."""
     from safetensors import safe_open
     from safetensors.torch import save_model
 
@@ -249,7 +249,7 @@ def test_gelu_by_its_other_name(hugging, tmp_path):
 
 @pytest.mark.parametrize("vocab, kept", [
     (50_257, 50_257), (50_258, 50_257), (50_304, 50_257), (51_200, 50_257),  # padded to 64, 1,024
-    (50_256, 50_256), (51_281, 51_281)])  # another tokenizer's: the caller sees that
+    (50_256, 50_256), (51_281, 51_281)])  # another tokenizer: kept
 def test_rows_of_no_token_are_left_out(hugging, tmp_path, vocab, kept, capsys):
     theirs, idx = hugging(vocab_size=vocab, n_layer=1), ids(2, 24, V=50_000)
     theirs.save_pretrained(tmp_path)
@@ -258,7 +258,7 @@ def test_rows_of_no_token_are_left_out(hugging, tmp_path, vocab, kept, capsys):
     assert ours.config.vocab_size == kept
     with torch.no_grad():
         assert largest(ours.double()(idx), theirs.double()(idx).logits[..., :kept]) < 1e-11
-    said = f"{tmp_path}: ids {kept} to {vocab - 1} are none of its tokenizer's: left out\n"
+    said = f"{tmp_path}: ids {kept} to {vocab - 1} are left out: its tokenizer lacks them\n"
     assert capsys.readouterr().err.count(said) == (kept < vocab), "said once"
 
 
@@ -306,7 +306,7 @@ def text(text):
 
 
 def weights(change):
-    """model.safetensors with the bytes that change(its bytes) gives."""
+    """model.safetensors with change(its bytes)."""
     def damage(folder):
         path = folder / "model.safetensors"
         path.write_bytes(change(path.read_bytes()))
@@ -314,7 +314,7 @@ def weights(change):
 
 
 def header(change, extra=b""):
-    """model.safetensors with what change(its header as a dict) gives, and more bytes at its end."""
+    """model.safetensors with change(its header as a dict), and with more bytes at its end."""
     def edit(raw):
         n = 8 + struct.unpack("<Q", raw[:8])[0]
         head = json.loads(raw[8:n])
@@ -324,12 +324,12 @@ def header(change, extra=b""):
 
 
 def entry(name="transformer.ln_f.bias", **changes):
-    """One tensor of the header, changed. ln_f.bias is the last: 64 bytes."""
+    """Changes one tensor of the header. ln_f.bias is the last one and has 64 bytes."""
     return header(lambda head: head[name].update(changes))
 
 
 def pickled(change):
-    """pytorch_model.bin in its place, with what change(the state dict) gives."""
+    """pytorch_model.bin in place of model.safetensors, with change(the state dict)."""
     def damage(folder):
         (folder / "model.safetensors").unlink()
         state = {key: p.t() if key.endswith(hf_gpt2.CONV1D) else p
@@ -355,12 +355,12 @@ CONFIG, BIN = FILE.replace("model.safetensors", "config.json"), FILE.replace(
 
 
 @pytest.mark.parametrize("damage, words", [
-    (config(model_type="llama"), "model_type is 'llama'; GPT-2's is 'gpt2'"),
+    (config(model_type="llama"), "model_type is 'llama', wanted 'gpt2' as in GPT-2"),
     (config(activation_function="relu"), "activation_function is 'relu'"),
-    (config(activation_function="gelu"), "activation_function is 'gelu'; GPT-2's is 'gelu_new'"),
+    (config(activation_function="gelu"), "activation_function is 'gelu', wanted 'gelu_new' as in"),
     (config(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
     (config(layer_norm_epsilon=math.nan), "layer_norm_epsilon is nan"),
-    (config(n_inner=48), "n_inner is 48; GPT-2's is 64"),
+    (config(n_inner=48), "n_inner is 48, wanted 64 as in GPT-2"),
     (config(scale_attn_weights=False), "scale_attn_weights is False"),
     (config(tie_word_embeddings=False), "tie_word_embeddings is False"),
     (config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
@@ -370,7 +370,7 @@ CONFIG, BIN = FILE.replace("model.safetensors", "config.json"), FILE.replace(
     (config(n_embd=32), "wte.weight should have shape (61, 32)"),
     (config(n_layer=3), "it has no h.2.ln_1.weight"),
     (config(n_layer=1), "12 weights that this model does not have, among them h.1."),
-    (config(n_head=3), "n_embd 16 does not divide by n_head 3"),
+    (config(n_head=3), "n_embd 16 is no multiple of n_head 3"),
     *((config(n_layer=x), (CONFIG, f"n_layer is {x!r}; wanted a whole number from 1 to 1,000"))
       for x in (10**9, 10**15, 0, -1, 2.0, True, None, "2", [2])),
     *((config(**{name: 10**15}), f"{name} is 1000000000000000")
@@ -384,14 +384,14 @@ CONFIG, BIN = FILE.replace("model.safetensors", "config.json"), FILE.replace(
     (weights(lambda raw: b""), FILE), (weights(lambda raw: raw[:5]), FILE),
     (weights(lambda raw: raw[:100]), (FILE, "a header of", "in a file of 100")),
     (weights(lambda raw: raw[:-1]), (FILE, "ln_f.bias", "has the bytes")),
-    (weights(lambda raw: raw + b"\0"), (FILE, "of which its header describes")),
+    (weights(lambda raw: raw + b"\0"), (FILE, "and its header describes")),
     (weights(lambda raw: b"PK\3\4" * 500), FILE),
     (weights(lambda raw: struct.pack("<Q", 2) + b"17"), FILE),
     (weights(lambda raw: struct.pack("<Q", 2) + b"{}"), (FILE, "it has no wte.weight")),
     (weights(lambda raw: struct.pack("<Q", 10**5) + b"[" * 10**5), (FILE, "Recursion")),
     (weights(lambda raw: struct.pack("<Q", 11) + b'{"a": {}}  '), FILE),
     (weights(lambda raw: struct.pack("<Q", 2**62) + raw[8:]), (FILE, "a header of 4,611,686,")),
-    (entry(dtype="F8_E4M3"), ("ln_f.bias is of dtype F8_E4M3; F64, F32, F16, BF16")),
+    (entry(dtype="F8_E4M3"), "ln_f.bias has the dtype F8_E4M3, wanted one of F64, F32"),
     (entry(dtype=["F32"]), FILE), (entry(dtype="F64"), "has the bytes"),
     (entry(dtype="U8", shape=[64]), "ln_f.bias should have shape (16,) and hold floats, got (64,)"),
     (entry(shape=[17]), "has the bytes"), (entry(shape=[-16]), "has the bytes"),
@@ -419,15 +419,15 @@ CONFIG, BIN = FILE.replace("model.safetensors", "config.json"), FILE.replace(
       for x in (math.nan, math.inf, -math.inf)),
     (index({}), "index.json is damaged"), (index({"weight_map": ["a"]}), "index.json is damaged"),
     (index({"weight_map": {"a": "model-2.safetensors"}}), ("cannot read", "model-2.safetensors")),
-    (index({"weight_map": {"a": "../../other.safetensors"}}), "a shard of another folder"),
-    (index({"weight_map": {"a": "model.safetensors.index.json"}}), "a shard of another folder"),
+    (index({"weight_map": {"a": "../../other.safetensors"}}), "a shard is not a weight file"),
+    (index({"weight_map": {"a": "model.safetensors.index.json"}}), "a shard is not a weight file"),
     (index({"weight_map": {"a": 3}}), "index.json is damaged"),
     (lambda folder: (folder / "vocab.json").write_text("{}"), "cannot read")])
 def test_another_model_is_refused_in_one_sentence(folder, damage, words):
     damage(folder)
     sentence = refusal(lambda: GPT.from_pretrained(folder), folder,
                        *[words] if isinstance(words, str) else words)
-    assert "delete it" not in sentence and "fetch" not in sentence, "the file is the user's own"
+    assert "delete it" not in sentence and "fetch" not in sentence, "a user's file must not change"
     assert len(sentence) < 1000
 
 

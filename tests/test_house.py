@@ -1,4 +1,4 @@
-"""The house of CONTRIBUTING.md: which files there are, and which way imports point."""
+"""The rules of CONTRIBUTING.md: which files there are, and which module may import which."""
 
 import ast
 import sys
@@ -12,7 +12,7 @@ FLOORS = [{"support"}, set(CORE), {"evaluate", "reward"}, {"job"}, {"train"}, {"
 
 
 def floor(module: str) -> int:
-    """How high a module stands: a module may import from its own floor or from below."""
+    """The module's row in FLOORS. A module may import from its own row and from earlier rows."""
     return next(i for i, names in enumerate(FLOORS) if module.partition(".")[0] in names)
 
 
@@ -22,7 +22,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known) -> set[str]:
-    """The project's modules that a file imports, also inside functions."""
+    """The modules of the project that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -38,18 +38,18 @@ HOUSE = modules()
 IMPORTS = {name: imports(path, HOUSE.keys()) for name, path in HOUSE.items()}
 
 
-def test_only_the_eight_files_stand_at_the_top():
+def test_only_these_eight_modules_are_at_the_top():
     top = {name for name in HOUSE if "." not in name}
     assert top == {*CORE, "evaluate", "reward", "job", "train"}
 
 
 @pytest.mark.parametrize("name", HOUSE)
-def test_imports_point_down(name):
+def test_a_module_imports_only_from_its_own_and_earlier_rows(name):
     wrong = {other for other in IMPORTS[name] if floor(other) > floor(name)}
-    assert not wrong, f"{name} imports {sorted(wrong)}, which stand above it"
+    assert not wrong, f"{name} imports {sorted(wrong)}, which are in a later row"
 
 
-def test_no_circle():
+def test_imports_form_no_circle():
     done = set()
 
     def visit(name, path):
@@ -71,7 +71,7 @@ def test_every_module_has_its_test_file():
 
 
 def test_the_core_and_support_need_only_the_owners_packages():
-    """torch, numpy, tiktoken, matplotlib and tqdm; anything else is imported inside a function."""
+    """torch, numpy, tiktoken, matplotlib and tqdm. Other packages are imported inside functions."""
     allowed = {"torch", "numpy", "tiktoken", "matplotlib", "tqdm", "regex",  # tiktoken needs regex
                *sys.stdlib_module_names, *(name.partition(".")[0] for name in HOUSE)}
     for name, path in HOUSE.items():

@@ -1,5 +1,5 @@
-"""IMDb as people have it: whatever holds the reviews, they are the same, and nothing else is read.
-The refusals that a command shows are rows of test_mistakes.py."""
+"""Laws of support/imdb_archive.py: an archive and a folder give the same reviews, and nothing else
+is read. The refusals that a command prints are rows of test_mistakes.py."""
 
 import hashlib
 import os
@@ -30,9 +30,9 @@ def tiny(tmp_path):
     return write_archive(tmp_path / "tiny.tar.gz", tiny_reviews())
 
 
-# ------------------------------------------------------------------------------ what is the same
+# ------------------------------------------------------------------------------ the same reviews
 
-def test_archive_of_either_kind_and_folder_read_alike(tiny, tmp_path):
+def test_archives_of_all_kinds_and_folders_give_the_same_reviews(tiny, tmp_path):
     names = dict(reversed(tiny_reviews().items()))
     others = [write_archive(tmp_path / mode, names, mode) for mode in ("w:xz", "w:bz2", "w")]
     folder = write_folder(tmp_path / "folder" / "aclImdb", names)
@@ -42,7 +42,7 @@ def test_archive_of_either_kind_and_folder_read_alike(tiny, tmp_path):
         assert read(other) == wanted, other
 
 
-def test_a_folder_is_named_by_its_reviews(tmp_path, monkeypatch):
+def test_the_hash_of_a_folder_depends_on_its_reviews_only(tmp_path, monkeypatch):
     names = tiny_reviews()
     one = write_folder(tmp_path / "one" / "aclImdb", names)
     two = write_folder(tmp_path / "two", {**dict(reversed(names.items())), "README": "no review"})
@@ -54,13 +54,13 @@ def test_a_folder_is_named_by_its_reviews(tmp_path, monkeypatch):
             names | {"test/neg/7_2.txt": "of the same size!"}, moved,
             {name: text for name, text in names.items() if "unsup" not in name})):
         seen.add(reviews_hash(write_folder(tmp_path / f"other{i}", other)))
-    assert len(seen) == 4, "other reviews, an equal name"
+    assert len(seen) == 4, "other reviews have an equal hash"
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(listed(path))))
-    assert reviews_hash(two) in seen, "another filesystem lists them in another order"
+    assert reviews_hash(two) in seen, "the order of a directory listing may differ"
 
 
-def test_an_archive_is_named_by_its_content_and_the_official_one_by_its_reviews(
+def test_the_hash_of_an_archive_is_of_its_bytes_unless_it_is_the_official_one(
         tiny, tmp_path, monkeypatch):
     plain = [write_archive(tmp_path / f"{x}.tar", tiny_reviews() | {"test/neg/7_2.txt": x}, "w")
              for x in "ab"]
@@ -71,7 +71,7 @@ def test_an_archive_is_named_by_its_content_and_the_official_one_by_its_reviews(
 
 
 @pytest.mark.skipif(not Path(IMDB).is_file(), reason="IMDB_PATH is no archive")
-def test_the_archive_at_hand_is_known_to_be_official():
+def test_the_archive_at_imdb_path_is_official():
     assert reviews_hash(Path(IMDB)) == imdb_archive.REVIEWS
 
 
@@ -87,9 +87,9 @@ def test_links_to_reviews_and_folders_are_followed(tmp_path):
     assert reviews_hash(folder) == wanted and len(read(folder)["train/unsup"]) == 40
 
 
-# ------------------------------------------------------------------------------ what is left out
+# ------------------------------------------------------------------------------ incomplete archives
 
-def test_without_unsup_the_rest_is_read_and_the_lack_is_said(tmp_path):
+def test_without_unsup_the_rest_is_read_and_a_line_says_so(tmp_path):
     names = {name: text for name, text in tiny_reviews().items() if "unsup" not in name}
     folder = write_folder(tmp_path / "folder", names)
     (folder / "train" / "unsup").mkdir()
@@ -103,7 +103,7 @@ def test_without_unsup_the_rest_is_read_and_the_lack_is_said(tmp_path):
         read(folder)
 
 
-def test_members_are_never_written_by_their_path(tmp_path, monkeypatch):
+def test_reading_an_archive_writes_no_file(tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     evil = write_archive(tmp_path / "evil.tar.gz", tiny_reviews() | {"../../evil.txt": "evil"})
@@ -129,13 +129,13 @@ def test_wrong_numbers_of_reviews_are_refused(tmp_path):
     with pytest.raises(UserError, match="two reviews named train/neg/17_RATING.txt"):
         read(twice)
     del names["train/neg/17_2.txt"]
-    for name in ("x_2", "9" * 5000 + "_2", f"17_{10**400}"):  # no such ID, no such rating
+    for name in ("x_2", "9" * 5000 + "_2", f"17_{10**400}"):  # not an ID, not a rating
         few = write_archive(tmp_path / "few.tar.gz", names | {f"train/neg/{name}.txt": "bad"})
         with pytest.raises(UserError, match="has 39 reviews named train/neg.*wanted 40"):
             read(few)
 
 
-# ------------------------------------------------------------------------------ what is no review
+# ------------------------------------------------------------------------------ bad reviews
 
 def member(name="aclImdb/test/pos/5_9.txt", size=0, **kwargs):
     info = tarfile.TarInfo(name)
@@ -156,22 +156,22 @@ def member(name="aclImdb/test/pos/5_9.txt", size=0, **kwargs):
     (member(type=tarfile.LNKTYPE, linkname="aclImdb/test/pos/4_9.txt"), "is a folder, a link"),
     (member(type=tarfile.DIRTYPE), "is a folder, a link"),
     (member(type=tarfile.FIFOTYPE), "is a folder, a link")])
-def test_what_a_header_announces_is_refused_unread(tmp_path, info, words):
+def test_a_bad_header_is_refused_before_its_content_is_read(tmp_path, info, words):
     (tmp_path / "bad.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UserError, match=f"{words}.*set IMDB_PATH"):
         read(tmp_path / "bad.tar")
 
 
 def test_an_archive_that_holds_too_much_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb_archive, "ARCHIVE", 2**20)  # of the true limit: a second per gigabyte
+    monkeypatch.setattr(imdb_archive, "ARCHIVE", 2**20)  # a small limit, to be quick
     path = write_archive(tmp_path / "bomb.tar.gz", {f"zeros{i}": "0" * 2**19 for i in range(9)})
     assert path.stat().st_size < 20_000
     with pytest.raises(UserError, match="decompressed, has 1,0.* bytes, wanted at most 1,0"):
         read(path)
 
 
-def test_a_sparse_review_is_as_large_as_it_reads(tmp_path):
-    """A GNU sparse member with one empty piece at its end: a header, and a gigabyte to read."""
+def test_a_sparse_review_counts_with_its_full_size(tmp_path):
+    """A GNU sparse member is a header alone, from which tarfile would read a gigabyte of zeros."""
     info = member(type=tarfile.GNUTYPE_SPARSE)
     raw = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     raw[386:410] = b"%011o\0%011o\0" % (2**30, 0)
@@ -197,7 +197,7 @@ def link_to_a_folder(path):
 
 def large(path):
     with open(path, "wb") as file:
-        file.truncate(10**12)  # sparse: it takes no space
+        file.truncate(10**12)  # sparse: it takes no space on the disk
 
 
 @pytest.mark.parametrize("make, words", [
@@ -205,7 +205,7 @@ def large(path):
     (broken_link, "cannot read .*No such file"), (endless_link, "cannot read .*symbolic links"),
     (lambda path: path.symlink_to("/dev/zero"), "a device"),
     (large, "has 1,000,000,000,000 bytes, wanted at most")])
-def test_what_is_no_text_among_a_folders_reviews_is_named(tmp_path, make, words):
+def test_a_review_in_a_folder_that_is_no_text_is_named(tmp_path, make, words):
     folder = write_folder(tmp_path / "aclImdb", {"test/pos/0_9.txt": "good"})
     make(folder / "test" / "pos" / "5_9.txt")
     for work in (read, reviews_hash):
@@ -218,7 +218,7 @@ def test_what_is_no_text_among_a_folders_reviews_is_named(tmp_path, make, words)
     (lambda path: None, "cannot read .*No such file"), (os.mkfifo, "a pipe"),
     (endless_link, "cannot read .*symbolic links"),
     (lambda path: path.symlink_to("/dev/zero"), "a device")])
-def test_what_is_no_archive_is_named(tmp_path, make, words):
+def test_a_path_that_is_no_archive_is_named(tmp_path, make, words):
     make(tmp_path / "aclImdb_v1.tar.gz")
     with pytest.raises(UserError, match=f"{words}.*set IMDB_PATH"):
         reviews_hash(tmp_path / "aclImdb_v1.tar.gz")
@@ -229,12 +229,12 @@ def test_what_is_no_archive_is_named(tmp_path, make, words):
 # ------------------------------------------------------------------------------ the download
 
 def test_a_download_counts_only_with_its_checksum(tiny, tmp_path, monkeypatch):
-    """From a server on this disk."""
+    """The URL is a file on this disk."""
     monkeypatch.setattr(imdb_archive, "URL", f"file://{tiny}")
     cache, said = tmp_path / "cache", []
     with pytest.raises(UserError, match='cannot download.*invalid hash.*"c40f74.*IMDB_PATH'):
         download(cache, said.append)
-    assert list(cache.iterdir()) == [], "kept what is not the corpus"
+    assert list(cache.iterdir()) == [], "a wrong file was kept"
     monkeypatch.setattr(imdb_archive, "SHA256", hashlib.sha256(tiny.read_bytes()).hexdigest())
     killed, alive = (cache / f"aclImdb_v1.tar.gz.{x * 32}.partial" for x in "01")
     killed.write_text("of a download that was killed yesterday")

@@ -1,5 +1,5 @@
-"""Laws of job.py: where a run lies, what a stage loads, and samples that depend on their seed
-alone."""
+"""Laws of job.py: the name of a run's folder, what a stage loads, and samples that depend only on
+their seed."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def three_threads():
 
 
 def sampler(**changes):
-    """A Job whose vocabulary is V tokens, without a corpus."""
+    """A Job without a corpus. Its vocabulary has V tokens."""
     changes = dict(device="cpu", max_new_tokens=20, n_ctx=32) | changes
     job = Job("toy", replace(PRESETS["toy"], **changes), [])
     job.data = SimpleNamespace(eot=EOT, enc=SimpleNamespace(n_vocab=V))
@@ -42,7 +42,7 @@ def sampler(**changes):
 def model(seed=0, vocab=V, n_ctx=32):
     torch.manual_seed(seed)
     made = GPT(GPTConfig(vocab, n_ctx, 1, 2, 16))
-    with torch.no_grad():  # away from the small weights of a start, so that samples differ
+    with torch.no_grad():  # larger than the first weights, so that samples differ
         for p in made.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return made
@@ -52,13 +52,13 @@ def model(seed=0, vocab=V, n_ctx=32):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_presets_own_folders_have_no_suffix(name):
+def test_a_folder_of_the_presets_own_settings_has_no_suffix(name):
     job = Job(name, PRESETS[name], [])
     for stage in "sft", "dpo", "ppo", "frontier":
         assert job.folder(stage) == job.root / stage and job.root.parts[-1] == name
     other = Job(name, replace(PRESETS[name], loss="unlikelihood"), [])
     assert other.folder("unlikelihood") == job.root / "unlikelihood"
-    assert job.cfg.precision != "auto", "an identity must say what was computed"
+    assert job.cfg.precision != "auto", "the identity must name the precision"
     assert (job.device.type == "cuda") == torch.cuda.is_available()
 
 
@@ -89,7 +89,7 @@ def test_draws_differ_by_seed_name_and_step():
     assert seed_of(cfgs[0], "sft", 1) == seed_of(replace(cfgs[0], beta=3.0), "sft", 1)
 
 
-# ------------------------------------------------------------------------------ what runs hold
+# ------------------------------------------------------------------------------ data and models
 
 
 def same_weights(one, other):
@@ -102,15 +102,15 @@ def test_a_policy_is_the_runs_model_with_the_dropout_asked_for(chain, job):
     assert job.policy("dpo").config.dropout == 0 and job.policy("dpo", 0.3).config.dropout == 0.3
 
 
-def test_the_reference_is_the_sft_model_each_time_anew(job):
-    """Training the policy, which starts from it, must not move π_ref."""
+def test_the_reference_is_a_new_copy_of_the_sft_model_each_time(job):
+    """Training π_θ, which starts as a copy, must not change π_ref."""
     reference, policy = job.load_reference(), job.load_reference()
     assert same_weights(reference, job.policy("sft"))
     policy.wte.weight.data += 1
     assert same_weights(job.load_reference(), job.policy("sft"))
 
 
-def test_a_reference_of_ones_own_is_a_run_or_a_hugging_face_folder(chain, job, tmp_path):
+def test_a_users_reference_is_a_run_or_a_hugging_face_folder(chain, job, tmp_path):
     hf_gpt2.save(job.policy("dpo"), tmp_path / "hf")
     for place in folder(chain.out, "dpo"), tmp_path / "hf":
         other = job.beside(replace(job.cfg, groups="pairs.jsonl", reference=str(place)))
@@ -153,10 +153,10 @@ def test_samples_depend_on_neither_threads_nor_batches(three_threads):
     whole = sampler().sample(model(), PROMPTS, seed=1)
     assert len(whole) == 13 and all(1 <= len(y) <= 20 for y in whole)
     torch.set_num_threads(1)
-    assert sampler().sample(model(), PROMPTS, seed=1) == whole, "of one thread"
+    assert sampler().sample(model(), PROMPTS, seed=1) == whole, "with one thread"
     few = sampler(max_new_tokens=20, groups="pairs.jsonl", n_ctx=2_000_000)
     assert few.batch_size(model()) == 2 and few.sample(model(), PROMPTS, seed=1) == whole
-    assert sampler().sample(model(), PROMPTS[:4], seed=1) == whole[:4], "in other company"
+    assert sampler().sample(model(), PROMPTS[:4], seed=1) == whole[:4], "with fewer prompts"
     assert sampler().sample(model(), PROMPTS, seed=2) != whole
     cold = sampler().sample(model(), PROMPTS, seed=1, temperature=0.5)
     assert cold == model().sample(PROMPTS, 20, EOT, 1, temperature=0.5) != whole
@@ -164,7 +164,7 @@ def test_samples_depend_on_neither_threads_nor_batches(three_threads):
 
 def test_threads_sample_under_the_autocast_of_the_job(three_threads):
     half, net = sampler(precision="bf16"), model()
-    with half.autocast():  # the same parts, one after the other
+    with half.autocast():  # the same parts in one thread
         plain = net.sample(PROMPTS, 20, EOT, 1, batch_size=5)
     assert half.sample(net, PROMPTS, seed=1) == plain != sampler().sample(net, PROMPTS, seed=1)
 
@@ -174,8 +174,8 @@ def test_torch_has_as_many_threads_after_sampling_as_before(three_threads, threa
     torch.set_num_threads(threads)
     sampler().sample(model(), PROMPTS, seed=1)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == threads, "in a new thread"
-    with pytest.raises(TypeError):  # an error in a thread is an error here
+        assert pool.submit(torch.get_num_threads).result() == threads, "in every new thread"
+    with pytest.raises(TypeError):  # also after an error in a thread
         sampler().sample(model(), PROMPTS[:1], seed=1, temperature="hot")
     assert torch.get_num_threads() == threads
 
@@ -212,7 +212,7 @@ def test_threads_share_the_memory_and_the_prompts(three_threads):
 # ------------------------------------------------------------------------------ evaluation
 
 
-def test_an_evaluation_is_of_the_same_uniforms_for_every_policy(chain, job):
+def test_evaluations_use_the_same_uniforms_for_every_policy(chain, job):
     policy, reference, prompts = job.policy("dpo"), job.policy("sft"), [[EOT, 5]] * 4 + PROMPTS
     point = job.evaluate(policy, reference, prompts)
     seed = seed_of(job.cfg, "evaluate")
@@ -227,10 +227,10 @@ def test_an_evaluation_is_of_the_same_uniforms_for_every_policy(chain, job):
     cold = job.evaluate(policy, reference, prompts, temperature=0.0)
     assert cold["temperature"] == 0 and len(set(map(str, cold["completions"][:4]))) == 1
     theirs = job.beside(replace(job.cfg, groups="pairs.jsonl"))
-    assert theirs.evaluate(policy, reference, prompts)["reward"] is None, "their reward is not r*"
+    assert theirs.evaluate(policy, reference, prompts)["reward"] is None, "there is no r*"
 
 
-def test_precision_and_the_rate_that_mfu_is_measured_by():
+def test_the_precision_and_the_rate_that_mfu_is_relative_to():
     x = torch.ones(8, 8)
     for precision, dtype in dict(fp32=torch.float32, bf16=torch.bfloat16,
                                  fp16=torch.float16).items():

@@ -1,5 +1,5 @@
-"""Laws of experiments/judge.py: a judge is asked in both orders, an endpoint is paid once per
-question, and win rates are those of r* where r* judges. Also the dialogues of toy_reviews.py.
+"""Laws of experiments/judge.py: a judge is asked in both orders, an endpoint is asked each question
+once, and with r* as the judge the win rates are those of r*. Also the dialogues of toy_reviews.py.
 
 The endpoint is a server in a thread of this process.
 """
@@ -38,7 +38,7 @@ def answers(message: str) -> tuple[str, str]:
 
 
 def better(a: str, b: str) -> str:
-    """The answer with the larger number, as an endpoint says it."""
+    """An endpoint's reply: the answer with the larger number is better."""
     a, b = float(a), float(b)
     return "One is larger.\n\nMore helpful: " + ("A" if a > b else "B" if b > a else "tie")
 
@@ -103,12 +103,12 @@ def test_the_last_line_is_the_verdict(reply, verdict):
 
 
 @pytest.mark.parametrize("reply", ["", "neither", "A\nI cannot say", "A or B", "a", None, ["A"]])
-def test_a_reply_without_one_verdict_is_none(reply):
+def test_a_reply_with_no_or_two_verdicts_is_refused(reply):
     with pytest.raises((ValueError, AttributeError)):
         verdict_of(reply)
 
 
-def test_an_endpoint_is_asked_as_openai_s_is(endpoint):
+def test_an_endpoint_is_asked_in_the_format_of_openai(endpoint):
     assert endpoint.ask(PROMPTS, ONES, OTHERS) == RIGHT
     assert len(endpoint.asked) == N
     for request in endpoint.asked:
@@ -117,12 +117,12 @@ def test_an_endpoint_is_asked_as_openai_s_is(endpoint):
         assert request.body["model"] == "m" and request.body["temperature"] == 0
         message, = request.body["messages"]
         assert message["role"] == "user" and "How many?" in message["content"]
-        assert "helpful" in message["content"], "a dialogue"
+        assert "helpful" in message["content"], "the question for a dialogue"
     endpoint.ask(["A post. TL;DR:"], ["1"], ["2"])
-    assert "summaries" in endpoint.asked[-1].body["messages"][0]["content"], "no dialogue"
+    assert "summaries" in endpoint.asked[-1].body["messages"][0]["content"], "another text"
 
 
-def test_without_a_key_none_is_sent(endpoint, monkeypatch):
+def test_without_a_key_no_authorization_is_sent(endpoint, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     endpoint.ask(PROMPTS[:1], ["1"], ["2"])
     assert "Authorization" not in endpoint.asked[0].headers
@@ -150,18 +150,18 @@ def test_a_busy_slow_or_unclear_endpoint_is_asked_again(endpoint, monkeypatch):
     (404, b"no such model", ["answered 404", "no such model", "--judge-model"], 1),
     (503, b"", ["answered 503", "5 times"], 5),
     (200, b"[]", ["no answer", "[]"], 5)])
-def test_what_no_second_try_mends_is_one_sentence_without_the_key(endpoint, status, content, words,
-                                                                  requests):
+def test_a_request_that_fails_at_last_is_one_sentence_without_the_key(endpoint, status, content,
+                                                                      words, requests):
     endpoint.reply = lambda message: (status, content)
     with pytest.raises(UserError) as caught:
         endpoint.ask(PROMPTS[:1], ["1"], ["2"])
     said = str(caught.value)
     assert all(word in said for word in [*words, endpoint.url]) and "\n" not in said, said
     assert "sk-secret" not in said and len(endpoint.asked) == requests
-    assert not endpoint.cache.exists(), "what is no verdict was noted"
+    assert not endpoint.cache.exists(), "the cache holds what is no verdict"
 
 
-def test_a_reply_that_stays_without_a_verdict_is_a_tie_and_counted(endpoint, capsys):
+def test_a_question_that_never_gets_a_verdict_is_a_tie_and_is_counted(endpoint, capsys):
     endpoint.reply = lambda message: (200, completion(
         "I refuse" if answers(message)[0] == "0" else better(*answers(message))))
     assert endpoint.ask(PROMPTS, ONES, OTHERS) == [0.5, *RIGHT[1:]]
@@ -183,10 +183,10 @@ def test_after_ctrl_c_nothing_is_asked_again(endpoint, monkeypatch):
     endpoint.reply = lambda message: (503, b"")
     with pytest.raises(UserError):
         server.request("again?")
-    assert not endpoint.asked, "it is stopped"
+    assert not endpoint.asked, "no request follows Ctrl-C"
 
 
-def test_an_endpoint_that_nobody_serves_is_one_sentence(tmp_path, monkeypatch):
+def test_an_endpoint_that_does_not_exist_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(UserError, match="cannot be reached.*refused"):
         Endpoint("http://127.0.0.1:9", "m", tmp_path / "x")(["x"], ["1"], ["2"])
@@ -199,25 +199,25 @@ def test_an_endpoint_that_nobody_serves_is_one_sentence(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ the cache
 
 
-def test_a_verdict_is_paid_once(endpoint):
+def test_a_question_is_asked_once(endpoint):
     for _ in range(2):
         assert endpoint.ask(PROMPTS, ONES, OTHERS) == RIGHT and len(endpoint.asked) == N
     endpoint.ask(PROMPTS * 2, OTHERS * 2, ["7"] * 2 * N)
-    assert len(endpoint.asked) == N + 1, "one question, however often it is put"
+    assert len(endpoint.asked) == N + 1, "an equal question is asked once"
     endpoint.ask(PROMPTS[:1], ONES[:1], OTHERS[:1], model="other")
     assert len(endpoint.asked) == N + 2, "another model has other verdicts"
 
 
 @pytest.mark.parametrize("torn", [lambda old: old[:-10], lambda old: old + b'{"key": "12', lambda
                                   old: old + b"null\n[]\n", lambda old: old[:-1]])
-def test_a_torn_last_line_is_harmless(endpoint, torn):
+def test_a_last_line_cut_short_does_no_harm(endpoint, torn):
     endpoint.ask(PROMPTS, ONES, OTHERS)
     endpoint.cache.write_bytes(torn(endpoint.cache.read_bytes()))
     for _ in range(2):
         assert endpoint.ask(PROMPTS, ONES, OTHERS) == RIGHT and len(endpoint.asked) <= N + 1
 
 
-def test_a_killed_run_asks_only_the_rest(endpoint, monkeypatch):
+def test_after_a_kill_only_the_missing_verdicts_are_asked_for(endpoint, monkeypatch):
     monkeypatch.setattr(judge, "AT_ONCE", 1)
     append, calls = Endpoint.append, iter(range(N))
 
@@ -239,7 +239,7 @@ def test_a_killed_run_asks_only_the_rest(endpoint, monkeypatch):
 
 
 def test_a_position_bias_averages_to_the_unbiased_rate(endpoint, judged, job):
-    """An endpoint that says A wherever the answers are close, of which half are better."""
+    """An endpoint that says A for close pairs. In these, A is better as often as B."""
     def biased(a, b) -> str:
         return better(float(a) + 1.5, b)
 
@@ -253,16 +253,16 @@ def test_a_position_bias_averages_to_the_unbiased_rate(endpoint, judged, job):
     verdicts, disagree = ask(prompts, a, b)
     one_order = sum(verdict_of(biased(*pair)) for pair in pairs) / len(pairs)
     assert one_order == pytest.approx(0.9) and verdicts.mean() == true.mean() == 0.6
-    assert torch.equal(verdicts[:4], true[:4]), "where it is sure, it is right"
+    assert torch.equal(verdicts[:4], true[:4]), "where the answers differ much, it is right"
     assert disagree.tolist() == [False] * 4 + [True] * 6 and (verdicts[disagree] == 0.5).all()
     assert len(endpoint.asked) == len({*pairs, *(pair[::-1] for pair in pairs)}), "both orders"
-    assert (ask(prompts, b, a)[0] == 1 - verdicts).all(), "neither place is the better one"
+    assert (ask(prompts, b, a)[0] == 1 - verdicts).all(), "the place of an answer changes nothing"
 
 
 def test_r_star_as_a_judge_is_the_win_rate_of_the_frontier(job, judged, monkeypatch):
     prompts, completions = job.groups.flat(range(20))
     a, b = completions, completions[1:] + completions[:1]
-    a = [y if i % 7 else x for i, (x, y) in enumerate(zip(a, b))]  # some are equal, and tie
+    a = [y if i % 7 else x for i, (x, y) in enumerate(zip(a, b))]  # equal answers tie
     verdicts, disagree = judged()(prompts, a, b)
     win = pairwise_accuracy(job.reward(prompts, a), job.reward(prompts, b))
     assert torch.equal(verdicts, win) and set(win.tolist()) == {0, 0.5, 1} and not disagree.any()
@@ -305,7 +305,7 @@ def test_win_rates_over_temperatures_and_steps(place, tmp_path):
     steps = table["steps"]
     assert [p["step"] for p in steps] == [0, 2, 4, 6]
     assert steps[0]["wins"] == points["Preferred-FT", 1]["wins"], "it is π_ref"
-    assert steps[-1]["wins"] == points["DPO", 1]["wins"], "DPO's samples, once more"
+    assert steps[-1]["wins"] == points["DPO", 1]["wins"], "the same samples of DPO"
 
     held = read_json(folder(out, "groups") / "reference.json")
     last = read_rows(folder(out, "dpo") / "metrics.jsonl")[-1]["eval"]
@@ -334,7 +334,8 @@ def test_win_rates_over_temperatures_and_steps(place, tmp_path):
 
 
 def test_an_endpoint_judges_a_given_reference_beside_preferred_ft(place, endpoint, tmp_path):
-    """It is asked before anything is made, and again only for what is not on the disk."""
+    """It is asked a test question before a stage is made, and later only questions whose verdicts
+    are not on the disk."""
     out, given = tmp_path / "out", tmp_path / "given"
     shutil.move(folder(out, "sft"), given)
     argv = [*place, "--reference", given, "--judge", endpoint.url, "--judge-model", "m",
@@ -348,19 +349,19 @@ def test_an_endpoint_judges_a_given_reference_beside_preferred_ft(place, endpoin
     assert result.code == 0, result.err
     table = read_json(folder(out, "judge") / "judge.json")
     for p in (*table["points"], *table["steps"]):
-        assert (p["win"], p["disagree"]) == (0.5, 1), "always A"
+        assert (p["win"], p["disagree"]) == (0.5, 1), "the endpoint always says A"
     samples = (folder(out, "preferred-ft") / "samples.txt").read_text().splitlines()
     tuned, reference = ([line.partition("|")[2].removesuffix(" …").split() for line in samples
                          if line.startswith(name)] for name in ("after:", "before:"))
     assert tuned == [line[20:].split() for line in (
         folder(out, "judge") / "judge.txt").read_text().splitlines()
-        if line.startswith("Preferred-FT")] != reference, "not π_ref, which was given"
+        if line.startswith("Preferred-FT")] != reference, "Preferred-FT is not the given π_ref"
     settings = read_json(folder(out, "judge") / "config.json")["settings"]
     assert settings["judge"] == endpoint.url and "judged by m on 4" in result.out
     asked = len(endpoint.asked)
     shutil.rmtree(folder(out, "judge"))
     assert command(*argv).code == 0
-    assert len(endpoint.asked) == asked + 1, "all was on the disk; it is asked whether it is there"
+    assert len(endpoint.asked) == asked + 1, "only the test question is asked again"
     shutil.rmtree(folder(out, "judge"))
     endpoint.reply = lambda message: (401, b"")
     refused(command(*argv), "answered 401")
@@ -378,7 +379,7 @@ def test_a_dialogue_prefers_the_answer_of_higher_reward(capsys):
     lines = capsys.readouterr().out.splitlines()
     found = [parse(line.encode(), "") for line in lines]
     assert len(found) == 200 and {x.prompt.count("\n\nHuman:") for x in found} == {1, 2}
-    assert len({x.prompt for x in found}) > 190, "few prompts recur"
+    assert len({x.prompt for x in found}) > 190, "most prompts are different"
     for x in found:
         assert x.prompt.startswith("\n\nHuman: ") and x.prompt.endswith("\n\nAssistant:")
         assert toy.sentiment(x.completions[0]) > toy.sentiment(x.completions[1])

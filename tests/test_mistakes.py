@@ -1,11 +1,12 @@
 """Every mistake of a user that we know: one sentence says what is wrong and what to do.
 
-A row of MISTAKES is a command, some words of the sentence, and what was done before. Each row has a
-folder of its own, where the smallest chain (sft, groups, dpo at TINY) stands finished under out/
-and its corpus under data/. The exit code is 2, stderr has one line, and nothing was lost.
+A row of MISTAKES is a command, some words of the sentence, and the steps before the command. Each
+row runs in its own folder. There the smallest chain (sft, groups, dpo at TINY) is finished under
+out/, and its corpus is under data/. The exit code must be 2, stderr must have one line, and no file
+may be lost.
 
-To add a row, add a line: `at_once` for what is refused before anything is made, `at_work` for what
-a stage finds out, which may leave the marks of a run that has nothing to lose yet.
+To add a row, add a line with `at_once` if the mistake is refused before any file is made, or with
+`at_work` if a stage finds it: it may then leave the files of a run without a checkpoint.
 """
 
 import contextlib
@@ -49,8 +50,8 @@ BEGUN = {".lock", "config.json", "metrics.jsonl", "best.pt"}  # of a run without
 class Mistake(NamedTuple):
     command: str | list[str]  # after `python train.py` and TINY's settings, or one of PROGRAMS
     words: tuple[str, ...]
-    given: tuple[Callable, ...]  # steps before it, each called with the Place
-    leaves: set[str]  # names of files that may be new
+    given: tuple[Callable, ...]  # steps before the command, each called with the Place
+    leaves: set[str]  # names of files that the command may make
 
 
 def at_once(command: str | list[str], *words: str, given=()) -> Mistake:
@@ -62,7 +63,7 @@ def at_work(command: str | list[str], *words: str, given=()) -> Mistake:
 
 
 def preferences(lines, *words: str) -> Mistake:
-    """--groups with these lines: texts as they are, others in JSON."""
+    """--groups with these lines: a str is written as it is, another object as JSON."""
     return at_once("--stage chosen --groups my.jsonl", *words, given=write("my.jsonl", lines))
 
 
@@ -70,14 +71,14 @@ def preferences(lines, *words: str) -> Mistake:
 
 
 class Place:
-    """A user's folder. `patch` and `after` are undone when the row is done."""
+    """A user's folder. `patch` and `after` undo their changes at the end of the row."""
 
     def __init__(self, out: Path, patch: pytest.MonkeyPatch, after: contextlib.ExitStack):
         self.stages = {stage: folder(out, stage) for stage in FINAL}
         self.patch, self.after = patch, after
 
     def __call__(self, name: str) -> Path:
-        """The path of "sft/model.pt", say, where sft's folder has a longer name."""
+        """The path for a name such as "sft/model.pt": the folder of sft has a longer name."""
         stage, _, rest = name.partition("/")
         return self.stages[stage] / rest if stage in self.stages else Path(name)
 
@@ -94,12 +95,12 @@ class Place:
 
 def ran(text: str):
     def step(here):
-        assert here.run(text).code == 0, "it should be right"
+        assert here.run(text).code == 0, "this command must work"
     return step
 
 
 def write(name: str, content):
-    """A text, bytes, or a list of lines, those that are no texts in JSON."""
+    """Writes a text, bytes, or a list of lines: a str as it is, another object as JSON."""
     def step(here):
         text = content if isinstance(content, (str, bytes)) else "".join(
             (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in content)
@@ -109,7 +110,7 @@ def write(name: str, content):
 
 
 def change(name: str, edit):
-    """edit(bytes) -> bytes, or a number: how many of the bytes are left."""
+    """Changes a file by edit(bytes) -> bytes, or to its first `edit` bytes."""
     def step(here):
         old = here(name).read_bytes()
         here(name).write_bytes(old[:edit] if isinstance(edit, int) else edit(old))
@@ -140,7 +141,7 @@ def variable(name: str, value: str):
 
 
 def model(name: str, vocab: int = 0, n_ctx: int = 48):
-    """A GPT of another shape, as a run's model.pt or as a Hugging Face folder."""
+    """Writes a GPT of this shape, as a run's model.pt or as a Hugging Face folder."""
     def step(here):
         size = vocab or GPT.load(here("sft/model.pt")).config.vocab_size
         made = GPT(GPTConfig(size, n_ctx, 1, 2, 16))
@@ -153,7 +154,7 @@ def model(name: str, vocab: int = 0, n_ctx: int = 48):
 
 
 def checkpoint(edit):
-    """hf/ as a copy of the SFT run, with what edit(its model.pt as a dict) gives."""
+    """Makes hf/ from the SFT run, with edit(its model.pt as a dict)."""
     def step(here):
         Path("hf").mkdir()
         shutil.copy(here("sft/bpe.tiktoken"), "hf")
@@ -173,7 +174,7 @@ def sweeping(here):
 
 
 def forbid(name: str, mode: int):
-    """The folder has this mode; root, whom permissions do not bind, becomes nobody."""
+    """Gives the folder this mode. Root, who may read all files, becomes the user nobody."""
     def step(here):
         for path in (Path(), *Path().rglob("*")):
             path.chmod(0o755)
@@ -187,18 +188,18 @@ def forbid(name: str, mode: int):
     return step
 
 
-no_permission = forbid("out/toy", 0o555)  # may be read, and not written
+no_permission = forbid("out/toy", 0o555)  # may be read, but not written
 
 
 def full_disk(here):
-    """The kernel's own refusal: no file may grow past 20 kB, and a checkpoint has more."""
+    """The kernel refuses: no file may grow past 20 kB, and a checkpoint is larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     here.after.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
 
 
 def archive(*members: str, **header):
-    """few.tar.gz: members whose headers say this, without content."""
+    """Writes few.tar.gz: members with these headers, without content."""
     def step(here):
         with tarfile.open("few.tar.gz", "w:gz") as file:
             for name in members:
@@ -210,7 +211,7 @@ def archive(*members: str, **header):
 
 
 def cached(name: str, edit):
-    """A file of the corpus's tokens: edited as by `change`, or Path.mkdir, os.mkfifo for it."""
+    """Edits a file of the corpus's tokens as `change` does, or replaces it by a folder or pipe."""
     def step(here):
         path = next(Path("data").glob(f"toy-*/{name}"))
         if edit not in (Path.mkdir, os.mkfifo):
@@ -221,7 +222,7 @@ def cached(name: str, edit):
 
 
 def no_network(here):
-    """As on a machine without one: no corpus, no checkpoint, no tokenizer can be downloaded."""
+    """Makes downloads fail: of the corpus, a checkpoint and a tokenizer."""
     here.patch.delenv("IMDB_PATH", raising=False)
     here.patch.setattr("support.imdb_archive.URL", "file:///nowhere/aclImdb_v1.tar.gz")
     here.patch.setattr(hf_gpt2, "GPT2_URL", "file:///nowhere/{name}/{file}")
@@ -231,7 +232,7 @@ def no_network(here):
 
 
 def judge(**kwargs):
-    """The folder of a tiny judge for --siebert-path."""
+    """Makes the folder of a tiny model for --siebert-path."""
     def step(here):
         Path("judge").mkdir()
         save_roberta(Path("judge"), **kwargs)
@@ -243,10 +244,10 @@ OURS = {"prompt": "it", "completions": ["a", "bc", "d"], "rewards": [0.9, 0.1, 0
         "prompt_ids": [*b"it"], "completion_ids": [[*b"a"], [*b"bc"], [*b"d"]]}  # id = byte
 CHAT = [{"role": "user", "content": "film?"}, {"role": "assistant", "content": "good"}]
 PAIRS = write("my.jsonl", [PAIR])
-OTHER = "--num-completions 3"  # groups that must be made, so that sft's model is loaded
+OTHER = "--num-completions 3"  # so groups must be made, and sft's model is loaded
 REFERENCE, INIT = "--groups my.jsonl --reference hf", "--stage sft --init hf"
 JUDGE = f"{OTHER} --reward siebert --siebert-path judge"
-FORGOTTEN = change("sft/config.json", lambda old: old.replace(b'"files"', b'"f"'))  # an old run's
+FORGOTTEN = change("sft/config.json", lambda old: old.replace(b'"files"', b'"f"'))  # an old run
 WEIGHT, MODULE = "--weight mine.py:mine", "--dpo-module mine.py"
 POINT = json.dumps(frontier_point("sft"))
 DPO_LOSS = "pi_logps, ref_logps, yw_idxs, yl_idxs, beta"
@@ -287,7 +288,8 @@ MISTAKES = {
            "seed": [10**23], "threads": [10**13], "jobs": [-1, 10**9], "seeds": [10**9],
            "best-of": [10**7], "n-layer": [10**9], "label-scale": [0, "inf", "1e300"],
            "dpo-lr": ["inf"], "sft-decay": [-1, "inf"], "alpha": ["nan"], "grad-clip": [-1],
-           "ppo-target": ["inf"], "save-secs": ["nan", -1]}.items() for value in values},
+           "ppo-target": ["inf"], "save-secs": ["nan", -1], "label-noise": [0.6, "nan"]}.items()
+       for value in values},
     "a model that no machine has": at_once(
         "--n-embd 16384 --n-layer 200", "parameters need", "this machine has", "smaller --n-layer"),
     **{f"--{flag} of {name}": at_once(f"--{flag} '{value}'", f"--{flag} is", "must be a name")
@@ -306,6 +308,10 @@ MISTAKES = {
     "pairs' weight for rankings": at_once("--loss plackett-luce --weight ipo", "--weight ipo"),
     "soft labels for rankings": at_once("--loss plackett-luce --labels soft", "--labels soft"),
     "drawn labels for C.3": at_once("--stage unlikelihood --labels sampled", "--labels sampled"),
+    **{f"label noise with {flags}": at_once(f"--label-noise 0.2 {flags}", "--label-noise",
+                                                   flags.split()[0])
+       for flags in ("--labels soft", "--labels sampled", "--loss plackett-luce",
+                     "--stage frontier")},
     "a reference for nothing": at_once("--reference out/x", "--reference", "--groups"),
     "an unknown weight": at_once("--weight quadratic", "quadratic", "hinge"),
     "no CUDA": at_once("--device cuda", "--device cuda", "CUDA build", given=lambda here:
@@ -334,7 +340,7 @@ MISTAKES = {
 
     "a judge without answers": at_once("--stage judge", "--groups FILE"),
     **{f"a judge at {url}": at_once(f"--stage judge --groups my.jsonl --judge {url} "
-                                    "--judge-model m", "plain URL", "OPENAI_API_KEY", given=PAIRS)
+                                    "--judge-model m", "or the URL of", "OPENAI_API_KEY", given=PAIRS)
        for url in ("localhost:8000/v1", "r", "http://", "http://a..b/v1", "http://host:x/v1",
                    "ftp://host/v1", "http://me:sk-1@host/v1", "http://host/v1?key=sk-1")},
     "a judge without a model": at_once("--stage judge --groups my.jsonl --judge http://host/v1",
@@ -349,7 +355,7 @@ MISTAKES = {
 
     # ---- preference files
     "a file that is not there": at_once("--groups nowhere.jsonl", "cannot read nowhere.jsonl",
-                                        given=remove("sft")),  # missed before sft is made
+                                        given=remove("sft")),  # noticed before sft is made
     "a folder of preferences": at_once("--groups mine", "cannot read mine: Is a directory",
                                        given=write("mine/my.jsonl", [PAIR])),
     "an empty file": preferences([], "my.jsonl has no group to learn from"),
@@ -381,11 +387,11 @@ MISTAKES = {
     "a prompt that is no text": preferences([PAIR | {"prompt": 3}], "a prompt that is no text: 3"),
     "no prompt": preferences([{"completions": ["a", "b"]}], "(a prompt that is no text: None)"),
     "a prompt that is no conversation": preferences(
-        [{"prompt": 3, "chosen": CHAT, "rejected": CHAT}], "a prompt that is no text, no chat: 3"),
+        [{"prompt": 3, "chosen": CHAT, "rejected": CHAT}], "a prompt that is no text and no chat"),
     "a conversation beside a text": preferences([PAIR | {"chosen": CHAT}], "completions that are "),
     "a chat that two texts go on from": preferences([PAIR | {"prompt": CHAT}], "(a prompt that"),
     **{f"a message {message}": preferences([{"chosen": [message], "rejected": CHAT}],
-                                           "line 1 (a message without a role of system, user")
+                                           "line 1 (a message whose role is not system, user")
        for message in ({"role": "tool", "content": "x"}, {"from": "human", "value": "x"}, "x",
                        {"role": ["user"], "content": "x"}, {"role": "user", "content": None})},
     "completions in one text": preferences([OURS | {"completions": "abc"}], "not two or more"),
@@ -426,8 +432,8 @@ MISTAKES = {
     "a text edited by hand": preferences(
         [OURS, OURS | {"completions": ["a", "be", "d"]}, OURS | {"prompt": "it "},
          OURS | {"prompt": "x" * 99 + "y", "prompt_ids": [*b"x" * 99, *b"z"]}],
-        "line 2 (ids of 'bc' beside 'be'), line 3 (ids of 'it' beside 'it '), line 4 (ids of "
-        "'xxxxxxxxxz' beside 'xxxxxxxxxy')", "remove prompt_ids"),
+        "line 2 (ids of 'bc' for the text 'be'), line 3 (ids of 'it' for the text 'it '), line 4 "
+        "(ids of 'xxxxxxxxxz' for the text 'xxxxxxxxxy')", "remove prompt_ids"),
     "equal rewards": preferences([OURS | {"rewards": [1, 1, 1]}] * 3, "no group", "rewards': 3"),
     "completions too long": preferences([PAIR | {"chosen": "long " * 99}], "longer than 48 tokens"),
     "prompts too long": preferences([PAIR | {"prompt": "long " * 99}], "longer than 48 tokens"),
@@ -447,7 +453,7 @@ MISTAKES = {
         REFERENCE, "hf was trained with another tokenizer", "--vocab", given=(
             PAIRS, model("hf"), model("hf/model.pt"), copy("sft/bpe.tiktoken", "hf"),
             change("hf/bpe.tiktoken", lambda old: old.replace(b"IQ==", b"?").replace(
-                b"Ig==", b"IQ==").replace(b"?", b"Ig==")))),  # ! and " have changed places
+                b"Ig==", b"IQ==").replace(b"?", b"Ig==")))),  # ! and " are exchanged
     "a reference cut short": at_once(
         REFERENCE, "hf/model.safetensors is damaged", "restore it", given=(
             PAIRS, model("hf"), change("hf/model.safetensors", 3000))),
@@ -458,11 +464,11 @@ MISTAKES = {
        for size, value in (("1000000000", "1000000000"), ("-1", "-1"), ('"2"', "'2'"),
                            ("2.0", "2.0"), ("null", "None"), ("true", "True"), (10**15, 10**15))},
     "a reference of another activation": at_once(
-        REFERENCE, "activation_function is 'gelu'; GPT-2's is 'gelu_new'", given=(
+        REFERENCE, "activation_function is 'gelu', wanted 'gelu_new' as in GPT-2", given=(
             PAIRS, model("hf"), change("hf/config.json", lambda old: old.replace(
                 b'"gelu_new"', b'"gelu"')))),
     "a reference in eight bits": at_once(
-        REFERENCE, "wte.weight is of dtype F8_E4M3; F64, F32", given=(
+        REFERENCE, "wte.weight has the dtype F8_E4M3, wanted one of F64, F32", given=(
             PAIRS, model("hf"), change("hf/model.safetensors", lambda old: old.replace(
                 b'"pt"', b'""').replace(b'"F32", "shape": [', b'"F8_E4M3","shape":[', 1)))),
     "a reference whose tensors overlap": at_once(
@@ -489,7 +495,7 @@ MISTAKES = {
         "try again, or put model.safetensors of gpt2 into data/gpt2", given=no_network),
     "a web page kept as GPT-2": at_once(
         "--stage sft --init gpt2", "data/gpt2/model.safetensors is damaged", "delete it, and it is "
-        "fetched again", given=write("data/gpt2/model.safetensors", "<!DOCTYPE html><title>Hotel")),
+        "fetched again", given=write("data/gpt2/model.safetensors", "<!DOCTYPE html><title>Login")),
     **{f"a run's model with {name}": at_once(REFERENCE, "hf/model.pt is damaged", words, given=(
         PAIRS, checkpoint(edit))) for name, words, edit in (
             ("nothing in it", "KeyError", lambda saved: {}),
@@ -524,7 +530,7 @@ MISTAKES = {
     "a judge without its tensors": at_once(
         JUDGE, "could not load judge (25 weights are missing or not finite", "--siebert-path",
         given=(judge(), write("judge/model.safetensors", b"\2" + bytes(7) + b"{}"))),
-    "a judge with other labels": at_once(JUDGE, "['BAD', 'GOOD']", "one must be POSITIVE",
+    "a judge with other labels": at_once(JUDGE, "['BAD', 'GOOD']", "wanted one named POSITIVE",
                                          given=judge(labels=("bad", "good"))),
 
     # ---- a student's own code
@@ -551,8 +557,17 @@ MISTAKES = {
         WEIGHT, "mine.py:3 raised ZeroDivisionError", given=mine(
             "def mine(margin, beta):\n    if len(margin) > 3:\n        return 1 / 0\n"
             "    return 0 * margin")),
+    "a weight that is not written yet": at_once(
+        WEIGHT, "mine.py:2 raised NotImplementedError: exercise 06", "run the same command again",
+        given=mine("def mine(margin, beta):\n    raise NotImplementedError('exercise 06')")),
+    "a weight that raises after a checkpoint": at_once(
+        f"{WEIGHT} --save-secs 0", "mine.py:5 raised ValueError: late",
+        "after you delete out/toy/dpo-", given=mine(
+            "calls = []\ndef mine(margin, beta):\n    calls.append(0)\n    if len(calls) > 8:\n"
+            "        raise ValueError('late')\n    return 0 * margin")
+    )._replace(leaves=BEGUN | {"resume.pt"}),
     "a weight that fills the memory": at_work(
-        WEIGHT, "does not fit the memory", "--dpo-accum", given=mine(
+        WEIGHT, "does not fit into the memory", "--dpo-accum", given=mine(
             "import torch\ndef mine(margin, beta):\n    if len(margin) > 3:\n"
             "        raise torch.OutOfMemoryError('CUDA')\n    return 0 * margin")),
     "a weight that changed": at_once(WEIGHT, "mine.py has changed since", "delete", given=(
@@ -567,6 +582,9 @@ MISTAKES = {
     "a module that raises at work": at_work(
         MODULE, "mine.py:3 raised ValueError: mine", "correct it", given=mine(
             f"def dpo_loss({DPO_LOSS}):\n    if True:\n        raise ValueError('mine')")),
+    "a module that is not written yet": at_work(
+        MODULE, "mine.py:2 raised NotImplementedError: exercise 03", given=mine(
+            f"def dpo_loss({DPO_LOSS}):\n    raise NotImplementedError('exercise 03')")),
     "a module that ends the program": at_work(
         MODULE, "mine.py:1 raised SystemExit", given=mine(
             f"def dpo_loss({DPO_LOSS}): raise SystemExit(0)")),
@@ -578,7 +596,7 @@ MISTAKES = {
             f"import math\ndef dpo_loss({DPO_LOSS}):\n"
             "    zero = 0 * pi_logps.detach()\n    return zero[yw_idxs] + math.log(2), zero")),
     "a module that forgets π_ref": at_work(
-        MODULE, "the first loss is", "log 2 = 0.6931", given=mine(
+        MODULE, "the first loss is", "log 2 = 0.6931", "a mistake in mine.py", given=mine(
             f"from dpo import dpo_loss as true\ndef dpo_loss({DPO_LOSS}):\n"
             "    return true(pi_logps, 0 * ref_logps, yw_idxs, yl_idxs, beta)")),
 
@@ -725,9 +743,9 @@ MISTAKES = {
     # ---- python gpt.py
     "no checkpoint to sample from": at_once("gpt.py --checkpoint nowhere", "nowhere", "train.py"),
     "a prompt past the context": at_once(f"gpt.py --checkpoint {{sft}} --prompt '{'film ' * 60}'",
-                                         "the model's context is 48", "shorten it"),
+                                         "the model's context is 48", "shorten the prompt"),
     "a million spaces": at_once(["gpt.py", "--checkpoint", "{sft}", "--prompt", " " * 10**6 + "x"],
-                                "the model's context is 48", "shorten it"),
+                                "the model's context is 48", "shorten the prompt"),
     **{f"gpt.py {flag}": at_once(f"gpt.py --checkpoint {{sft}} {flag}", flag.split()[0], "; give ")
        for flag in ("-n 0", "-n 1000000000", "--max-new-tokens 0", "--max-new-tokens 1000000000",
                     "--top-p 0", "--top-p nan", "--top-k -5", f"--seed {10**23}", "--seed -1",
@@ -813,15 +831,18 @@ def here(chain, tmp_path, monkeypatch):
     vars(dpo).update(functions)
 
 
+RIGHT = f"from dpo import dpo_loss as true\ndef dpo_loss({DPO_LOSS}):\n" \
+        "    return true(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)"
+
+
 @pytest.mark.parametrize("command, wrong, right", [
     (WEIGHT, mine("def mine(margin, beta): return margin[:3] if len(margin) > 3 else 0 * margin"),
      mine("def mine(margin, beta): return 0 * margin + 0.5")),
-    (MODULE, mine(f"def dpo_loss({DPO_LOSS}): pass"), mine(
-        f"from dpo import dpo_loss as true\ndef dpo_loss({DPO_LOSS}):\n"
-        "    return true(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)")),
+    *((MODULE, mine(f"def dpo_loss({DPO_LOSS}): {body}"), mine(RIGHT))
+      for body in ("pass", "raise NotImplementedError")),
     (f"{REFERENCE} --stage groups", (PAIRS, model("hf")),
      write("my.jsonl", [PAIR | {"prompt": f"film {i}"} for i in range(5)]))])
-def test_a_mistake_does_not_bind_the_corrected_command(here, command, wrong, right):
+def test_after_a_mistake_the_corrected_command_works(here, command, wrong, right):
     for step in wrong if isinstance(wrong, tuple) else (wrong,):
         step(here)
     refused(here.run(command))
@@ -830,12 +851,23 @@ def test_a_mistake_does_not_bind_the_corrected_command(here, command, wrong, rig
     assert result.code == 0, result.err
 
 
+def test_a_mistake_after_a_checkpoint_says_what_to_delete(here):
+    mine(RIGHT.replace("    return", "    calls.append(0)\n    if len(calls) > 2:\n        1 / 0\n"
+                       "    return") + "\ncalls = []")(here)
+    said = refused(here.run(f"{MODULE} --save-secs 0"), "mine.py:5 raised ZeroDivisionError")
+    folder = re.search(r"after you delete (\S+):", said)[1]
+    mine(RIGHT)(here)
+    refused(here.run(MODULE), "mine.py has changed since", f"delete {folder}")
+    shutil.rmtree(folder)
+    assert here.run(MODULE).code == 0
+
+
 def contents() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence(name, here):
+def test_a_mistake_gives_one_sentence(name, here):
     mistake = MISTAKES[name]
     for step in mistake.given:
         step(here)
@@ -844,4 +876,4 @@ def test_a_mistake_is_one_sentence(name, here):
     after = contents()
     assert [p for p in before if after.get(p) != before[p]] == [], "lost or changed"
     new = {path.name for path in after.keys() - before.keys()}
-    assert new <= mistake.leaves, "files that may hinder the corrected command"
+    assert new <= mistake.leaves, "these files may hinder the corrected command"

@@ -1,4 +1,4 @@
-"""Laws of experiments/online.py: where its groups come from, who labels them, and resuming."""
+"""Laws of experiments/online.py: which policy draws the groups, what labels them, and resuming."""
 
 import shutil
 
@@ -18,7 +18,7 @@ ONLINE = (*TINY, "--stage", "online", "--online-every", "3")
 
 @pytest.fixture
 def fresh(chain):
-    """fresh(flags, moved=False) -> fresh groups of π_ref, or of a policy away from it."""
+    """fresh(flags, moved=False) -> fresh groups of π_ref or, if moved, of another policy."""
     def make(*flags, moved=False) -> FreshGroups:
         argv = [*ONLINE, "--out", str(chain.out), "--data", str(chain.data), *flags]
         _, preset, _, cfg = parse(argv, False)
@@ -36,11 +36,11 @@ def repeated(groups: FreshGroups) -> list[list[int]]:
     return [p for p in groups.prompts() for _ in range(4)]
 
 
-def test_at_step_0_its_groups_are_samples_of_the_reference(fresh):
+def test_at_step_0_the_fresh_groups_are_samples_of_the_reference(fresh):
     groups = fresh("--online-start", "0")
     (micro_batch,), pairs = groups(0)
     job, prompts = groups.job, repeated(groups)
-    assert len(prompts) == 3 * job.cfg.dpo_batch * 4, "three steps' groups"
+    assert len(prompts) == 3 * job.cfg.dpo_batch * 4, "the groups of three steps"
     assert set(map(tuple, prompts)) <= {tuple(job.groups.prompt_ids[i]) for i in job.split[0]}
     seed = seed_of(job.cfg, "online 0 samples", 0)
     assert groups.completions == job.sample(job.load_reference(), prompts, seed)
@@ -51,19 +51,19 @@ def test_at_step_0_its_groups_are_samples_of_the_reference(fresh):
     assert pairs == len(micro_batch["yw_idxs"]) > 0
 
 
-def test_its_reference_log_probs_are_those_of_the_reference(fresh):
+def test_the_reference_log_probs_of_fresh_groups_are_those_of_the_reference(fresh):
     groups = fresh("--online-start", "0", moved=True)
     (micro_batch,), _ = groups(0)
     padded = [micro_batch[k] for k in ("idx", "prompt_lens", "lengths")]
     ref_logps, logps = (sequence_logps(model, *padded).detach()
                         for model in (groups.reference, groups.policy))
     torch.testing.assert_close(micro_batch["ref_logps"], ref_logps, rtol=0, atol=1e-4)
-    assert (logps - ref_logps).abs().max() > 0.1, "the policy is another one"
+    assert (logps - ref_logps).abs().max() > 0.1, "the policy differs from the reference"
 
 
-def test_groups_are_drawn_once_per_round_and_from_the_policy_of_that_moment(fresh):
+def test_groups_are_drawn_once_per_round_from_the_policy_at_its_start(fresh):
     groups = fresh("--online-start", "2")
-    assert groups(1) == "stored 1", "before online_start the stored groups serve"
+    assert groups(1) == "stored 1", "before online_start the stored groups are used"
     seen = []
     for step in range(2, 8):
         groups(step)
@@ -73,10 +73,10 @@ def test_groups_are_drawn_once_per_round_and_from_the_policy_of_that_moment(fres
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5]
     seed = seed_of(groups.job.cfg, "online 0 samples", 1)
     reference = groups.job.sample(groups.reference, repeated(groups), seed)
-    assert [*map(tuple, reference)] != seen[3], "the second round is the policy's own"
+    assert [*map(tuple, reference)] != seen[3], "the second round is drawn from the policy"
 
 
-def test_with_its_own_labels_the_implicit_reward_decides(fresh):
+def test_with_self_labels_the_rewards_are_implicit_rewards(fresh):
     groups = fresh("--online-labels", "self", "--online-start", "1", moved=True)
     groups(1)
     prompts = repeated(groups)
@@ -88,17 +88,17 @@ def test_with_its_own_labels_the_implicit_reward_decides(fresh):
     assert not torch.equal(true.view(-1, 4).argmax(1), wanted.view(-1, 4).argmax(1))
 
 
-def test_its_first_steps_are_those_of_dpo(chain, copied):
+def test_the_first_steps_of_online_are_those_of_dpo(chain, copied):
     out = copied("sft", "groups")
     result = command(*ONLINE, "--online-start", "3", "--data", chain.data, "--out", out)
     assert result.code == 0 and "optimum at that KL" in result.out, result.err
     rows, dpo_rows = ([row["loss"] for row in read_rows(path / "metrics.jsonl") if "loss" in row]
                       for path in (folder(out, "online"), folder(chain.out, "dpo")))
-    assert len(rows) == len(dpo_rows) == 6, "as many updates"
+    assert len(rows) == len(dpo_rows) == 6, "the same number of updates"
     assert rows[:3] == dpo_rows[:3] and rows[3] != dpo_rows[3]
 
 
-def test_stopped_in_online(chain, copied, tmp_path):
+def test_a_stopped_online_run_resumes_bit_for_bit(chain, copied, tmp_path):
     out, argv = copied("sft", "groups"), [*ONLINE, "--online-start", "1", "--data", chain.data]
     stopped_and_finished([*argv, "--out", out], (KILL, "log", "", 2), (KILL, "log", "", 2),
                          (KILL, "sample", "", 9), (KILL, "after", "resume.pt", 2), (CTRL_C, "log"))
@@ -112,7 +112,7 @@ def test_stopped_in_online(chain, copied, tmp_path):
     ("--online-labels self --online-start 0", "give an --online-start above 0"),
     ("--loss plackett-luce", "leave --loss plackett-luce out"),
     ("--online-start 6", "give an --online-start below --dpo-steps"),
-    ("--train-prompts 9", "leave it out"),
+    ("--train-prompts 9", "leave --train-prompts out"),
     ("--groups some.jsonl", "give --online-labels self")])
 def test_what_online_cannot_do_is_refused(chain, tmp_path, flags, words):
     argv = *ONLINE, "--online-start", "1", *flags.split(), "--data", chain.data, "--out", tmp_path

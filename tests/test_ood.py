@@ -1,5 +1,5 @@
-"""Laws of experiments/ood.py: the prompts are new, r* orders them exactly, the stage has several
-seeds and goes on where it was killed."""
+"""Laws of experiments/ood.py: the prompts have unseen words, the measures are exact for r*, and a
+killed stage over several seeds resumes."""
 
 import json
 import random
@@ -27,7 +27,7 @@ NEW = {name: set(re.findall(r"\w+", re.sub(r"\{.*?\}", " ", text).lower())) - CO
 # ------------------------------------------------------------------------------ the words
 
 
-def test_no_review_has_the_unseen_words_and_none_of_them_is_polar():
+def test_no_review_has_an_unseen_word_and_no_unseen_word_is_polar():
     corpus = set(re.findall(r"\w+", " ".join(reviews(20_000, 0)).lower()))
     for name, new in NEW.items():
         assert len(new) > 25 and not new & corpus, f"{name}: {sorted(new & corpus)} are in reviews"
@@ -65,10 +65,10 @@ def test_c1_nearly_every_prompt_has_a_whole_unseen_word_and_leaves_room(job, nam
 # ------------------------------------------------------------------------------ the measures
 
 
-def test_accuracy_is_that_of_all_pairs_of_a_prompt():
+def test_accuracy_counts_all_pairs_of_a_prompt():
     torch.manual_seed(0)
     scores, rewards = torch.randint(3, (5, 6)), torch.randint(4, (5, 6))
-    rewards[2] = 1  # all tie: nothing to order
+    rewards[2] = 1  # all are equal: no pair
     right, pairs = ordered_pairs(scores, rewards)
     for s, r, *found in zip(scores.tolist(), rewards.tolist(), right.tolist(), pairs.tolist()):
         each = [(a, b) for a in range(6) for b in range(6) if r[a] > r[b]]
@@ -78,7 +78,7 @@ def test_accuracy_is_that_of_all_pairs_of_a_prompt():
     assert float(right.sum() / pairs.sum()) == pytest.approx(usual), "train.py's measure"
 
 
-def test_the_jackknife_gives_a_mean_its_standard_error_and_a_ratio_the_spread_of_its_draws():
+def test_the_jackknife_error_is_the_standard_error_of_a_mean_and_the_spread_of_a_ratio():
     generator = torch.Generator().manual_seed(0)
     start, reached, best = draws = torch.rand(3, 400, 300, generator=generator).double() + \
         torch.tensor([0.0, 1.0, 2.0])[:, None, None]  # 400 draws of 300 prompts
@@ -89,10 +89,10 @@ def test_the_jackknife_gives_a_mean_its_standard_error_and_a_ratio_the_spread_of
     for value, error in found:
         assert value == pytest.approx(0.5, abs=5 * spread) and error == pytest.approx(spread, 0.2)
     assert share(0.4, 0.7, 1.0) == pytest.approx(0.5)
-    assert with_error(share, best[0], reached[0], best[0]) == [None, None], "there is no gain"
+    assert with_error(share, best[0], reached[0], best[0]) == [None, None], "the gain is 0"
 
 
-def test_r_star_itself_is_a_perfect_reward_model_and_pi_ref_an_indifferent_one(job, monkeypatch):
+def test_r_star_is_a_perfect_reward_model_and_pi_ref_an_indifferent_one(job, monkeypatch):
     policy = Job.policy
     monkeypatch.setattr(Job, "policy", lambda job, stage: policy(job, "sft"))
     monkeypatch.setattr(ood, "learned_reward", lambda job: lambda *x: 2 * job.reward(*x) + 1)
@@ -129,7 +129,7 @@ def test_the_stage_measures_every_seed_and_set_and_prints_a_table(made):
         (seed, name) for seed in (0, 1) for name in SETS]
     first, *others = (row["measures"] for row in table["rows"])
     assert len(first) == 11 and all(row.keys() == first.keys() for row in others)
-    assert len({str(row) for row in [first, *others]}) == 6, "no two are of the same samples"
+    assert len({str(row) for row in [first, *others]}) == 6, "every seed and set has other samples"
     for row in [first, *others]:
         assert row["KL: DPO's samples"][0] > 0
         by = [row[f"r*: best of 6 by {x}"][0] for x in ("r̂", "r_φ", "r*")]
@@ -147,7 +147,7 @@ def test_the_stage_measures_every_seed_and_set_and_prints_a_table(made):
         assert sum(name.startswith(stage) and "-seed1-" in name for name in names) == 1, stage
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(made, chain, tmp_path):
+def test_a_killed_run_resumes_and_ends_the_same(made, chain, tmp_path):
     shutil.copytree(made[0], tmp_path / "out")
     run = folder(tmp_path / "out", "ood")
     shutil.rmtree(run)
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(made, chain, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--corpus", "imdb"], ["--groups", "my.jsonl"]])
-def test_without_the_toy_s_grammar_it_is_refused(tmp_path, flags):
+def test_without_the_grammar_of_the_toy_corpus_it_is_refused(tmp_path, flags):
     refused(command("--stage", "ood", *TINY, *flags, "--out", tmp_path), "--stage ood", "grammar",
             "leave --corpus and --groups out")
 
@@ -178,7 +178,7 @@ def world() -> dict:
     return dict(P=384, N=8, rows=rows)
 
 
-def test_seeds_are_summed_up_as_mean_error_and_range():
+def test_a_measure_over_seeds_has_a_mean_an_error_and_a_range():
     assert over_seeds(world(), TEST, "accuracy: r_φ") == pytest.approx(
         (0.88, 0.03 / 2**0.5, 0.87, 0.89))
     assert over_seeds(world(), SETS[-1], "gain: DPO's samples") is None
@@ -196,7 +196,7 @@ def test_the_figure_shows_means_and_ranges_and_nothing_is_cut_off(tmp_path):
             assert bars.lines[0].get_ydata() == pytest.approx([mean for mean, *_ in found])
             ends = [tuple(s[:, 1]) for s in bars.lines[2][0].get_segments()]
             assert sum(ends, ()) == pytest.approx(sum((x[2:] for x in found), ()))
-    assert len(errorbars_of(gains)[2].lines[0].get_ydata()) == 2, "what has no value is not drawn"
+    assert len(errorbars_of(gains)[2].lines[0].get_ydata()) == 2, "a set has no value"
     assert len(labels(figure)) == 3 and "best of 8" in gains.get_title()
     assert "Seeds: 2" in figure.get_supxlabel() and "384 prompts" in figure.get_supxlabel()
     assert_nothing_is_cut_off(figure)

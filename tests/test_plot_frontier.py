@@ -1,13 +1,14 @@
-"""Laws of plot_frontier.py: the hull is what mixing gives. Figure 2 and the training curves show
-what was logged, labelled, with nothing cut off.
+"""Laws of plot_frontier.py: mixtures reach the hull and no more. Figure 2 and the training curves
+show the logged numbers, have labels, and nothing in them is cut off.
 
-The synthetic worlds here serve test_points.py, test_table.py and test_figures.py too.
+test_points.py, test_table.py and test_figures.py use the synthetic worlds of this file too.
 """
 
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -19,7 +20,9 @@ from matplotlib.figure import Figure
 
 import plot_frontier
 from plot_frontier import (STYLES, caption, envelope, frontier, main, reliable_optimum, save_figure,
-                           smooth, training_curves)
+                           run_title, smooth, training_curves)
+from support.runs import UserError
+from support.settings import TOY
 
 # ------------------------------------------------------------------------------ a synthetic world
 
@@ -31,12 +34,12 @@ GRID = np.arange(1, 36) / 10  # the optimum's KLs: 0.1 to 3.5
 
 
 def best_reward(kl):
-    """The world's optimum: concave in KL, as Eq. 3's is."""
+    """The world's optimum: concave in KL, like the optimum of Eq. 3."""
     return START + 0.45 * (1 - np.exp(-1.2 * np.asarray(kl)))
 
 
 def frontier_point(method, setting="", kl=0.0, reward=START, noise=0.0, **more) -> dict:
-    """A line of frontier.jsonl whose means are kl and reward, and whose prompts differ."""
+    """A line of frontier.jsonl with means kl and reward over prompts that differ."""
     rewards = reward + SPREAD + noise
     return dict(preset="toy", model="0.19M parameters", method=method, setting=setting, seed=0,
                 step=0, temperature=1.0, reward=float(np.mean(rewards)), reward_se=0.01, kl=kl,
@@ -54,7 +57,7 @@ def run_of(method, setting, kls, share, **more) -> list[dict]:
 
 
 def world() -> list[dict]:
-    """π_ref, the optimum, a policy on it, one half-way, and one that stays near π_ref."""
+    """π_ref, the optimum, a policy on it, one with half of its gain, and one near π_ref."""
     return [frontier_point("sft", win=0.5), *(
         frontier_point("optimum", f"1/beta={kl:g}", kl, best_reward(kl), ess=40 / kl)
         for kl in GRID), *run_of("dpo", "beta=1", GRID, 1.0), *run_of("ppo", "target=3", GRID, 0.5),
@@ -62,7 +65,7 @@ def world() -> list[dict]:
 
 
 def full_world() -> list[dict]:
-    """All that one sweep may hold: every method, three seeds, temperatures, points far away."""
+    """All kinds of points in one sweep: every method, three seeds, temperatures, large KLs."""
     points = world()
     for seed in (0, 1, 2):
         points += run_of("dpo", "beta=0.05", [1, 4, 9, 20], 1.0, seed=seed)
@@ -86,7 +89,7 @@ def full_world() -> list[dict]:
 
 
 def write_points(folder: Path, lines) -> Path:
-    """folder/frontier.jsonl of points, and of lines that are bytes already."""
+    """Write folder/frontier.jsonl: points, and lines that are given as bytes."""
     folder.mkdir(exist_ok=True)
     path = folder / "frontier.jsonl"
     path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n"
@@ -95,7 +98,7 @@ def write_points(folder: Path, lines) -> Path:
 
 
 def step_row(i: int, n: int) -> dict:
-    """What a dpo run logs at step i of n, or something like it."""
+    """A row like that which a dpo run logs at step i of n."""
     t, noise = i / max(1, n), math.sin(7.1 * i)
     chosen, rejected = -0.3 * t, -1.1 * t
     row = dict(step=i, loss=math.log(2) - 0.25 * t + 0.01 * noise * (i > 0), margin=0.8 * t,
@@ -109,8 +112,11 @@ def evaluation(t: float, reward: bool) -> dict:
                 reward_se=0.01 if reward else None)
 
 
-def write_run(folder: Path, n: int, reward: bool = True) -> tuple[Path, Path]:
-    """A run of n steps with its metrics.jsonl, and its groups' reference.json."""
+BETA = 0.5  # of write_run's runs
+
+
+def write_run(folder: Path, n: int, reward: bool = True, **settings) -> tuple[Path, Path]:
+    """A run of n steps with its config.json and metrics.jsonl, and its groups' reference.json."""
     run, lines = folder / "toy" / "dpo", []
     run.mkdir(parents=True)
     for i in range(n):
@@ -119,8 +125,11 @@ def write_run(folder: Path, n: int, reward: bool = True) -> tuple[Path, Path]:
             t = (i + 1) / n
             lines.append(dict(step=i, eval=evaluation(t, reward) | dict(accuracy=0.5 + 0.3 * t)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    reference_json = folder / "reference.json"
-    reference_json.write_text(json.dumps(dict(point=evaluation(0, reward), optimum=[])))
+    settings = dict(beta=BETA, loss="pairwise", weight="sigmoid", num_completions=4) | settings
+    (run / "config.json").write_text(json.dumps(dict(settings=settings, about=dict(stage="dpo"))))
+    reference_json, optimum = folder / "reference.json", [
+        dict(kl=kl, reward=best_reward(kl), ess=8 / kl) for kl in (8.0, 1.0, 0.5, 3.0)] * reward
+    reference_json.write_text(json.dumps(dict(point=evaluation(0, reward), optimum=optimum)))
     return run, reference_json
 
 
@@ -158,7 +167,7 @@ def errorbars_of(ax) -> list[ErrorbarContainer]:
 
 
 def assert_nothing_is_cut_off(figure, legends_beside: bool = True) -> None:
-    """All that is drawn lies on the page, and no legend on a panel or on a panel's title."""
+    """Everything lies on the page, and no legend covers a panel or a panel's title."""
     figure.draw_without_rendering()
     renderer, page = FigureCanvasAgg(figure).get_renderer(), figure.bbox.padded(1)
     for part in filter(None, (*figure.axes, *figure.legends, figure._supxlabel, figure._suptitle)):
@@ -176,7 +185,7 @@ def assert_nothing_is_cut_off(figure, legends_beside: bool = True) -> None:
 # ------------------------------------------------------------------------------ the envelope
 
 def mixtures(kl, reward, at, start):
-    """The envelope by brute force: every pair of policies, mixed to have KL at most `at`."""
+    """The envelope by brute force: the best mixture of any two policies with KL at most `at`."""
     points = [(0.0, start), *zip(kl, reward)]
     best = np.full(len(at), -np.inf)
     for (ka, ra), (kb, rb) in ((a, b) for a in points for b in points):
@@ -187,7 +196,7 @@ def mixtures(kl, reward, at, start):
     return best
 
 
-def test_the_envelope_is_the_best_that_mixing_can_do():
+def test_the_envelope_is_the_reward_of_the_best_mixture():
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 8, 15):
         kl, reward = rng.uniform(0.01, 4, n), rng.uniform(0, 1, n)
@@ -198,11 +207,11 @@ def test_the_envelope_is_the_best_that_mixing_can_do():
         np.testing.assert_array_equal(got, envelope(kl[order], reward[order], at, start))
         assert got[0] == start, "at KL 0 there is only π_ref"
         slopes = np.diff(got)
-        assert (slopes >= -1e-12).all() and (np.diff(slopes) <= 1e-12).all(), "concave, never down"
+        assert (slopes >= -1e-12).all() and (np.diff(slopes) <= 1e-12).all(), "concave, no fall"
         assert (envelope(kl, reward, kl, start) >= reward - 1e-12).all(), "a point above the hull"
 
 
-def test_the_envelope_is_flat_after_its_top_and_ends_with_the_points():
+def test_the_envelope_is_flat_after_its_maximum_and_ends_at_the_largest_kl():
     got = envelope([1, 3], [0.9, 0.6], [0.5, 1, 2, 3, 3.1], 0.5)
     np.testing.assert_allclose(got, [0.7, 0.9, 0.9, 0.9, np.nan])
     np.testing.assert_allclose(envelope([1, 3], [0.9, 0.6], [3.1, 99], 0.5, flat=True), 0.9)
@@ -211,7 +220,7 @@ def test_the_envelope_is_flat_after_its_top_and_ends_with_the_points():
                                err_msg="at KL 0 there is only π_ref")
 
 
-def test_mixtures_chosen_on_some_prompts_are_judged_on_others():
+def test_mixtures_chosen_on_some_prompts_are_measured_on_others():
     kl, reward, start = [1.0, 3.0], [0.7, 0.9], 0.5
     own = envelope(kl, reward, [0.5, 2, 4], start, flat=True)
     np.testing.assert_allclose(envelope(kl, reward, [0.5, 2, 4], start, True,
@@ -219,11 +228,11 @@ def test_mixtures_chosen_on_some_prompts_are_judged_on_others():
     got = envelope(kl, reward, [0.5, 2, 4], start, True, judges=([1.0, 3.0], [0.6, 0.8], 0.4))
     np.testing.assert_allclose(got, own - 0.1, err_msg="the same mixtures, 0.1 worse there")
     got = envelope(kl, reward, [0.5, 2, 4], start, True, judges=([1.1, 3.2], [0.7, 0.9], 0.5))
-    # half of each: KL 0.05 and 0.15 too large, given back along the hull; past the top as it is
+    # half of each: KL is 0.05 and 0.15 too large, corrected by the slope, which is 0 at last
     np.testing.assert_allclose(got, [0.6 - 0.2 * 0.05, 0.8 - 0.1 * 0.15, 0.9])
 
 
-def test_many_envelopes_at_once_are_those_one_by_one_and_a_nan_is_no_point():
+def test_a_batch_of_envelopes_equals_single_ones_and_a_nan_is_no_point():
     rng = np.random.default_rng(1)
     kl, reward = rng.uniform(0.01, 4, (30, 12)), rng.uniform(0, 1, (30, 12))
     start, at = rng.uniform(0, 0.6, 30), np.linspace(0, 4, 9)
@@ -243,12 +252,16 @@ def test_an_optimum_of_few_effective_samples_is_not_reliable():
     assert kls == [*GRID, 8.0], "at least 3 per prompt, in the order of KL"
 
 
-def test_a_caption_names_the_methods_that_have_other_seeds_than_most():
-    points = [frontier_point(method, "", 1.0, 0.6) | dict(seed=seed) for method, seeds in (
-        ("dpo", (0, 1)), ("ppo", (0, 1)), ("dpo-soft", (0,)), ("dpo-sampled", (0,)),
-        ("preferred-ft", (0, 1)), ("best-of-n", (0,))) for seed in seeds]
-    assert "; seeds 0, 1 (dpo-soft, dpo-sampled: 0), of batch order" in caption(points)
-    assert "; seed 0, of batch order" in caption(points[:1])
+def test_a_caption_names_the_seeds_of_its_points_as_the_legend_does():
+    points = [frontier_point(method, setting, 1.0, 0.6) | dict(seed=seed)
+              for method, setting, seeds in (
+                  ("dpo", "beta=1", (0, 1)), ("ppo", "target=1", (0, 1)), ("dpo-soft", "", (2,)),
+                  ("dpo-sampled", "", (2,)), ("preferred-ft", "", (0, 1)), ("best-of-n", "", (0,)),
+                  ("dpo", "beta=1 rate=0.0007", (0,))) for seed in seeds]
+    assert (" Seeds: 0, 1; DPO on soft labels, DPO on sampled labels: 2; learning rates not chosen:"
+            " 0. ") in caption(points)
+    assert " Seeds: 0. " in caption(points[:1]), "none of methods that are not there"
+    assert "Seeds" not in caption(points[-2:-1]), "Best-of-N has none"
 
 
 # ------------------------------------------------------------------------------ Figure 2
@@ -261,17 +274,22 @@ def figure2():
 def test_fig2_has_labels_units_and_a_caption_and_nothing_is_cut_off(figure2):
     ax, text = figure2.axes[0], figure2.get_supxlabel().replace("\n", " ")
     assert "nats" in ax.get_xlabel() and "from 0 to 1" in ax.get_ylabel()
-    for words in ("Preset toy", "0.19M parameters", "seeds 0, 1, 2", "60 test prompts"):
+    for words in ("Preset toy", "0.19M parameters", "Seeds: 0, 1, 2; ", "60 test prompts"):
         assert words in text
+    assert "online" not in text and "labels" not in text, "methods that are not drawn here"
+    assert all(ax.get_title() and ax.get_xlabel() and ax.get_ylabel() for ax in figure2.axes)
     assert_nothing_is_cut_off(figure2)
 
 
-def test_fig2_has_a_second_panel_with_the_points_past_the_end_of_the_first(figure2):
-    near, far = figure2.axes
-    assert far.get_xscale() == "log" and far.get_xlim()[1] > 20 > near.get_xlim()[1] == 5
+def test_fig2_has_a_panel_with_the_points_at_larger_kls(figure2):
+    near, _, far = figure2.axes
+    limit = near.get_xlim()[1]
+    assert far.get_xscale() == "log" and far.get_xlim()[1] > 20
+    assert limit == 1.05 * 4 == line_of(far, "where the left panel ends").get_xdata()[0]
     drawn = np.concatenate([c.lines[0].get_xdata() for c in errorbars_of(far)])
-    beyond = sorted(p["kl"] for p in full_world() if p["kl"] > 5 and p["temperature"] == 1)
-    assert sorted(drawn[drawn > 5]) == beyond and len(beyond) == 6
+    beyond = sorted(p["kl"] for p in full_world() if p["kl"] > limit and p["temperature"] == 1)
+    assert sorted(drawn[drawn > limit]) == beyond and len(beyond) == 6
+    assert sorted(text.get_text() for text in far.texts) == ["β = 0.05"], "the others end before"
     assert not near.get_ylim()[1] < near.get_lines()[0].get_ydata().max()
 
 
@@ -286,7 +304,7 @@ def test_fig2_has_the_tilt_by_the_score_as_a_second_dashed_line():
 
 def test_fig2_has_one_line_per_method_on_its_envelope(figure2):
     ax, points, names = figure2.axes[0], full_world(), labels(figure2)
-    assert len(names) == len(set(names)) == 9 + 2, "every method, the optimum, what is above it"
+    assert len(names) == len(set(names)) == 9 + 3, "and the optimum, what is above it, the end"
     lines = {x.get_label(): x for x in ax.get_lines() if x.get_label() in names}
     optimum = lines.pop("optimum, Eq. 4")
     np.testing.assert_allclose(optimum.get_xydata(), np.stack([GRID, best_reward(GRID)], 1))
@@ -297,11 +315,12 @@ def test_fig2_has_one_line_per_method_on_its_envelope(figure2):
     kl, reward = np.array([(p["kl"], p["reward"]) for p in mine]).T
     x, y = lines["DPO"].get_data()
     np.testing.assert_allclose(y, envelope(kl, reward, x, START), atol=1e-9)
-    assert x[0] == 0 and y[0] == START and x[-1] == ax.get_xlim()[1] == 5
+    assert x[0] == 0 and y[0] == START and x[-1] == ax.get_xlim()[1]
 
 
 def test_fig2_fits_its_axes_to_the_policies_and_hatches_what_none_can_reach():
-    policies = run_of("preferred-ft", "", [0.5, 1.0], 0.5)
+    """One policy at a large KL does not widen the axes: another panel shows it."""
+    policies = run_of("preferred-ft", "", [0.5, 1.0, 300.0], 0.5)
     ax = frontier(world()[: len(GRID) + 1] + policies).axes[0]
     (_, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     assert 1.0 < right < 1.1 and low < START and best_reward(1.0) < high < best_reward(2.0)
@@ -321,7 +340,7 @@ def test_fig2_shows_every_point_with_both_standard_errors(figure2):
     assert sum(len(c.lines[0].get_xdata()) for c in bars) == len(shown), "a point is not drawn"
 
 
-def test_methods_can_be_told_apart_in_grey():
+def test_methods_have_different_shades_of_grey():
     def lightness(colour):
         rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         y = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (
@@ -342,13 +361,15 @@ def test_the_same_points_give_the_same_svg(tmp_path):
 # ------------------------------------------------------------------------------ training curves
 
 @pytest.mark.parametrize("n, reward", [(1, True), (39, False)])
-def test_curves_are_drawn_whatever_the_length_of_the_run(tmp_path, n, reward):
+def test_curves_are_drawn_for_a_run_of_any_length(tmp_path, n, reward):
     run, reference_json = write_run(tmp_path, n, reward)
     figure = saved_by(lambda: training_curves(run, reference_json))
     pixels = matplotlib.image.imread(run / "curves.png")[..., :3]
-    assert pixels.shape[1] >= 1200 and pixels.shape[0] >= 700, "too small to read"
-    assert 0.02 < (pixels.mean(-1) < 0.95).mean() < 0.5, "blank, or all ink"
-    assert len(figure.axes) == (7 if reward else 6), "r* has an axis of its own, where there is one"
+    assert pixels.shape[1] >= 1200 and pixels.shape[0] >= 700, "the picture is too small to read"
+    assert 0.02 < (pixels.mean(-1) < 0.95).mean() < 0.5, "the picture is blank or full"
+    way = figure.axes[0]
+    assert ("KL" in way.get_xlabel()) == reward and ("KL" in way.get_ylabel()) != reward
+    assert ("reward" in figure.get_suptitle()) == reward
 
 
 @pytest.fixture(scope="module")
@@ -358,55 +379,107 @@ def curves(tmp_path_factory):
 
 
 def test_every_panel_has_a_title_units_and_a_legend_and_nothing_is_cut_off(curves):
-    for ax in curves.axes[:6]:
-        assert ax.get_title() and ax.get_xlabel() == "step", ax
+    for ax in curves.axes:
+        assert ax.get_title() and (ax.get_xlabel() == "step" or ax is curves.axes[0]), ax
         names = [text.get_text() for text in ax.get_legend().get_texts()]
         assert len(names) >= 2 and len(set(names)) == len(names), f"{ax.get_title()}: {names}"
         looks = {(x.get_linestyle(), x.get_marker()) for x in ax.get_legend().get_lines()}
-        assert len(looks) == len(ax.get_legend().get_lines()), "colour alone tells lines apart"
-    units = "nats", "reward", "w(m)", "nats", "share", "nats", "0 to 1"
-    for ax, unit in zip(curves.axes, units):
+        assert len(looks) == len(ax.get_legend().get_lines()), "two lines differ in colour alone"
+    units = "0 to 1", "nats per pair", "nats", "w(m)", "share"
+    for ax, unit in zip(curves.axes, units, strict=True):
         assert unit in ax.get_ylabel(), f"{ax.get_title()!r} has no unit: {ax.get_ylabel()!r}"
-    assert "toy/dpo" in curves.get_suptitle(), "which run is it?"
+    assert curves.get_suptitle() == "DPO, β 0.5: reward 0.500 → 0.800 at KL 1.3 nats"
+    assert curves.get_supxlabel().startswith("toy/dpo: "), "which folder is it?"
     assert_nothing_is_cut_off(curves)
 
 
-def test_the_lines_are_what_was_logged(curves):
+def test_the_lines_are_what_was_logged_and_the_titles_say_where_they_begin_and_end(curves):
     logged = [step_row(i, 200) for i in range(200)]
-    wanted = {(0, "training"): "loss", (1, "margin m, chosen - rejected"): "margin",
-              (1, "chosen"): "reward_chosen", (1, "rejected"): "reward_rejected",
-              (2, "median"): "weight_50", (3, "chosen"): "logp_chosen",
-              (3, "rejected"): "logp_rejected", (4, "pairs of the batch"): "accuracy"}
+    wanted = {(1, "training"): "loss", (2, "gap"): "margin", (2, "chosen"): "reward_chosen",
+              (2, "rejected"): "reward_rejected", (3, "median"): "weight_50",
+              (4, "pairs of the batch"): "accuracy"}
     for (panel, label), key in wanted.items():
         line = line_of(curves.axes[panel], label)
+        values = smooth([row[key] for row in logged]) / (BETA if panel == 2 else 1)
         np.testing.assert_array_equal(line.get_xdata(), range(200))
-        np.testing.assert_allclose(line.get_ydata(), smooth([row[key] for row in logged]))
+        np.testing.assert_allclose(line.get_ydata(), values)
+        title = curves.axes[panel].get_title()
+        assert (f"{label} {values[-1]:.3g}" if panel == 2 else
+                f": {values[0]:.3g} → {values[-1]:.3g}") in title
     for label, key in (("5 to 95 % of pairs", "weight_95"), ("25 to 75 % of pairs", "weight_75")):
-        band, = [c for c in curves.axes[2].collections if c.get_label() == label]
+        band, = [c for c in curves.axes[3].collections if c.get_label() == label]
         assert band.get_paths()[0].vertices[:, 1].max() == max(smooth([r[key] for r in logged]))
-    start, = [x for x in curves.axes[0].get_lines() if "π_ref" in x.get_label()]
-    assert "0.6931" in start.get_label() and start.get_ydata()[0] == math.log(2)
 
 
-def test_the_held_out_panel_starts_at_the_reference_and_has_error_bars(curves):
+@pytest.mark.parametrize("loss, first, text", [
+    ("pairwise", math.log(2), "0.6931 = log 2"), ("pairwise", -1e-7, "0"),
+    ("plackett-luce", math.log(24), "3.1781 = log K!"), ("preferred-ft", 26.1867, "26.1867"),
+    ("reference-free", 11.5, "11.5"), ("unlikelihood", math.log(2), "0.6931")])
+def test_the_first_loss_is_named_only_if_it_equals_its_known_value(tmp_path, loss, first, text):
+    """Where π = π_ref, Eq. 7 is log 2 and Plackett-Luce is log K!. Other losses have no known first
+    value. Without π_ref in the loss, r̂/β is log π itself."""
+    run, reference_json = write_run(tmp_path, 4, loss=loss)
+    path = run / "metrics.jsonl"
+    rows = path.read_text().replace(f'"loss": {math.log(2)}', f'"loss": {first}', 1)
+    path.write_text(rows)
+    figure = saved_by(lambda: training_curves(run, reference_json))
+    start, = [x for x in figure.axes[1].get_lines() if "π_ref" in x.get_label()]
+    assert start.get_label() == f"first step, π = π_ref: {text}" and start.get_ydata()[0] == first
+    assert ("log π_ref" in figure.axes[2].get_ylabel()) == (loss != "reference-free")
+
+
+def test_the_panel_of_reward_against_kl_has_error_bars_and_the_optimum(curves):
     steps = [0, 50, 100, 150, 200]
-    for ax, key in ((curves.axes[5], "kl"), (curves.axes[6], "reward")):
-        points = [evaluation(t / 200, True) for t in steps]
-        bars = errorbars_of(ax)[0]
-        np.testing.assert_allclose(bars.lines[0].get_xydata(),
-                                   [(t, p[key]) for t, p in zip(steps, points)])
-        spans = [np.ptp(s[:, 1]) for s in bars.lines[2][0].get_segments()]
-        np.testing.assert_allclose(spans, [2 * p[key + "_se"] for p in points], atol=1e-12)
+    points, way = [evaluation(t / 200, True) for t in steps], curves.axes[0]
+    bars = errorbars_of(way)[0]
+    np.testing.assert_allclose(bars.lines[0].get_xydata(), [(p["kl"], p["reward"]) for p in points])
+    assert bars.lines[0].get_linestyle() == "-", "the points are joined in the order of steps"
+    for axis, key, lines in zip((0, 1), ("kl_se", "reward_se"), bars.lines[2]):
+        spans = [np.ptp(s[:, axis]) for s in lines.get_segments()]
+        np.testing.assert_allclose(spans, [2 * p[key] for p in points], atol=1e-12)
+    best = line_of(way, "optimum, Eq. 4").get_xydata()
+    np.testing.assert_allclose(best, [(kl, best_reward(kl)) for kl in (0.5, 1.0)])
+    assert [text.get_text() for text in way.texts] == ["step 200"]
     held_out = line_of(curves.axes[4], "held-out pairs")
     assert held_out.get_xdata().tolist() == steps[1:], "no accuracy was measured before training"
 
 
-def test_a_folder_may_have_any_name(tmp_path):
-    """matplotlib would read $ as a formula, and cannot draw what is no UTF-8."""
-    for name, title in (("$\\frac{$", "__frac__"), ("a\nb\udcff", "a_b_"), ("my 1.5", "my 1.5")):
-        run, reference_json = write_run(tmp_path / name, 2)
+def test_a_folder_and_a_weight_may_have_any_name(tmp_path):
+    """matplotlib would read $ as a formula, and cannot draw what is not UTF-8. A long name is not
+    cut."""
+    for name, title in (("$\\frac{$", "$\\frac{$"), ("a\nb\udcff", "a_b_"), ("my 1.5", "my 1.5"),
+                        ("x" * 200, "x" * 200)):
+        run, reference_json = write_run(tmp_path / name[:9], 2, weight=f"$w$.py:{name}")
         figure = saved_by(lambda: training_curves(run.rename(run.parent / name), reference_json))
-        assert figure.get_suptitle().startswith(f"toy/{title}: ")
+        caption, above = ("".join(text.split()) for text in (
+            figure.get_supxlabel(), figure.get_suptitle()))
+        title = title.replace(" ", "")
+        assert f"/{title}:lines" in caption and f"weight$w$.py:{title}:reward" in above
+        figure.draw_without_rendering()
+
+
+def test_a_damaged_config_is_one_sentence(tmp_path):
+    run, reference_json = write_run(tmp_path, 2)
+    for text in ("", "5", "{}", '{"settings": {}, "about": {"stage": "dpo"}}',
+                 '{"settings": {"beta": 1, "loss": "pairwise"}, "about": {"stage": "x"}}'):
+        (run / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json is damaged"):
+            training_curves(run, reference_json)
+
+
+@pytest.mark.parametrize("stage, settings, title", [
+    ("dpo", {}, "DPO, β 1.6"), ("dpo", dict(weight="constant"), "DPO, β 1.6, weight constant"),
+    ("dpo", dict(labels="soft", label_scale=5.0), "DPO, β 1.6, labels soft, label_scale 5.0"),
+    ("dpo", dict(loss="plackett-luce", seed=1), "DPO, β 1.6, loss plackett-luce, seed 1"),
+    ("dpo", dict(loss="reference-free"), "DPO, β 1.6, loss reference-free"),
+    ("online", {}, "online DPO (labels by r*), β 1.6"),
+    ("online", dict(online_labels="self"), "online DPO (labels by its own r̂), β 1.6"),
+    ("unlikelihood", dict(loss="unlikelihood"), "Unlikelihood, α 0.5"),
+    ("preferred-ft", dict(loss="preferred-ft", run_seed=2), "Preferred-FT, run_seed 2"),
+    ("ppo", {}, "PPO (learned reward), KL steered to 2"),
+    ("ppo-gt", dict(ppo_target=0.0), "PPO-GT (true reward), β 0.3")])
+def test_a_title_says_how_a_run_differs_from_dpo(stage, settings, title):
+    assert run_title(stage, vars(replace(TOY, **settings))) == title
 
 
 def test_smoothing_is_a_running_mean_that_keeps_the_length():

@@ -1,4 +1,4 @@
-"""Laws of support/points.py: figures can draw what it returns, and it names what it leaves out."""
+"""Laws of support/points.py: figures can draw all that it returns, and it names skipped lines."""
 
 import json
 import math
@@ -50,28 +50,28 @@ def test_lines_that_hold_no_point_are_skipped_counted_and_named(tmp_path, capsys
             None, 7, ["toy"], {}, "$x$", r"$\frac{$", "a\nb", "\x1b[1m", "\ud800", "x" * 10_000)),
         *(p | dict(setting=x) for x in ("beta=?", "beta=nan", "beta=1e999", "beta=1=2"))]
     path = write_points(tmp_path, [*good[:3], *foreign, *good[3:]])
-    assert read_points(path) == read_points(tmp_path) == good, "all others are kept, in order"
+    assert read_points(path) == read_points(tmp_path) == good, "all other lines are kept, in order"
     said, again = capsys.readouterr().err.splitlines()
     assert said == again and f"{len(foreign)} of {len(foreign) + 6} lines of {path}" in said
     assert said.endswith(f": 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and {len(foreign) - 10} more")
     read_points(write_points(tmp_path, good))
-    assert capsys.readouterr().err == "", "nothing was skipped"
+    assert capsys.readouterr().err == "", "no line was skipped"
 
 
 @pytest.mark.parametrize("name", ["toy", "imdb-cpu"])
-def test_every_committed_point_is_one(name, capsys):
+def test_every_committed_line_is_a_point(name, capsys):
     path = RESULTS / name / "frontier.jsonl"
     assert read_points(path) == [json.loads(line) for line in path.read_text().splitlines()]
     assert capsys.readouterr().err == ""
 
 
-def test_a_file_that_also_counts_forwards_stays_readable(tmp_path):
+def test_a_point_may_have_an_older_key(tmp_path):
     older = [p | dict(forwards=7) for p in world()[:3]]
     assert read_points(write_points(tmp_path, older)) == older
 
 
-def test_what_is_read_can_be_drawn_however_odd_it_is(tmp_path, monkeypatch, capsys):
-    """The largest numbers that pass, alone and together."""
+def test_all_points_that_are_read_can_be_drawn(tmp_path, monkeypatch, capsys):
+    """Also the largest numbers that are allowed, alone and together."""
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: (
         self.draw_without_rendering(), file.write(b"-")))
     huge = [frontier_point("dpo", "beta=1", 3e38, -3e38, step=1, win=0.5),
@@ -87,14 +87,15 @@ def test_what_is_read_can_be_drawn_however_odd_it_is(tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------ a run's curves
 
 def test_the_steps_and_evaluations_of_a_run_are_those_that_were_logged(tmp_path):
-    steps, evals = read_curves(*write_run(tmp_path, 40), LOGGED)
+    steps, evals, optimum = read_curves(*write_run(tmp_path, 40), LOGGED)
     assert steps == [step_row(i, 40) for i in range(40)]
+    assert [(p["kl"], p["ess"]) for p in optimum] == [(0.5, 16), (1, 8), (3, 8 / 3)], "by KL"
     assert evals == [evaluation(t / 40, True) | dict(
         step=t, accuracy=0.5 + 0.3 * t / 40 if t else None) for t in (0, 10, 20, 30, 40)]
 
 
 def spoiled(row: dict):
-    """The row in ways that no figure can show: (what is wrong, the row)."""
+    """Damaged copies of the row, which no figure can show: (what is wrong, the row)."""
     values = row.get("eval", row)
     for key in values:
         for x in NO_NUMBERS:
@@ -121,8 +122,12 @@ def test_a_damaged_run_is_one_sentence_that_names_the_file(tmp_path):
             pytest.fail(f"{what} passes")
     path.write_text("".join(json.dumps(x) + "\n" for x in good))
     start = json.loads(reference_json.read_text())["point"]
+    best = [dict(kl=1, reward=0.7, ess=4)]
+    assert json.loads(reference_json.read_text())["optimum"]
     for text in ("{}", "5", "[]", "null", "", "[" * 10_000, '{"point": 5}', '{"point": {}}', *(
-            json.dumps(dict(point=row["eval"])) for _, row in spoiled(dict(eval=start)))):
+            json.dumps(dict(point=row["eval"], optimum=best)) for _, row in spoiled(
+                dict(eval=start))), *(json.dumps(dict(point=start, optimum=[row["eval"]]))
+                                      for _, row in spoiled(dict(eval=best[0])))):
         reference_json.write_text(text)
         with pytest.raises(UserError, match="reference.json is damaged"):
             read_curves(run, reference_json, LOGGED)

@@ -1,4 +1,4 @@
-"""Laws of experiments/ppo.py: formulas by hand, worlds small enough to enumerate, the stages."""
+"""Laws of experiments/ppo.py: formulas worked by hand, small enumerated worlds, and the stages."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ PROMPTS = [[0], [1, 2], [2, 1, 0]] * 8
 
 
 def tiny(seed: int, vocab: int = 4, sharpness: float = 10.0) -> GPT:
-    """A GPT whose distributions are far from uniform, yet leave every token likely enough."""
+    """A GPT whose distributions are far from uniform, but give no token a tiny probability."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=vocab, n_ctx=8, n_layer=1, n_head=2, n_embd=16))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def parameters(model) -> torch.Tensor:
 
 
 def random_batch(seed: int, B: int = 5, T: int = 7):
-    """Three (B, T) tensors that are not 0 outside the mask, and a mask as completions have it."""
+    """Three (B, T) tensors that are not 0 outside the mask, and a mask of completions."""
     g = torch.Generator().manual_seed(seed)
     first = torch.randint(1, 3, (B,), generator=g)
     ends = torch.randint(4, T + 1, (B,), generator=g)
@@ -67,16 +67,16 @@ def random_batch(seed: int, B: int = 5, T: int = 7):
 
 # ------------------------------------------------------------------------------ token rewards
 
-def test_eq03_a_row_of_token_rewards_sums_to_the_one_sample_value():
+def test_eq03_the_token_rewards_of_a_completion_sum_to_its_one_sample_value():
     logps, ref_logps, scores, mask = random_batch(0)
     scores, beta = scores[:, 0], 0.3
     rewards = token_rewards(scores, logps, ref_logps, mask, beta)
     log_ratio = ((logps - ref_logps) * mask).sum(1)
     assert torch.allclose(rewards.sum(1), scores - beta * log_ratio, atol=1e-6)
-    assert (rewards[~mask] == 0).all(), "the prompt or the padding is paid"
+    assert (rewards[~mask] == 0).all(), "the prompt or the padding has a reward"
 
 
-def test_the_score_falls_on_the_last_token_alone():
+def test_only_the_last_token_gets_the_score():
     logps, ref_logps, scores, mask = random_batch(1)
     paid = token_rewards(scores[:, 0], logps, logps, mask, 0.3)
     for row, score, m in zip(paid, scores[:, 0], mask):
@@ -107,7 +107,7 @@ def test_gae_of_an_episode_worked_by_hand():
     assert returns.tolist() == [[0, 2.375, 1.5, 4, 0]]
 
 
-def test_gae_at_lambda_1_is_the_return_less_the_value():
+def test_gae_at_lambda_1_is_the_return_minus_the_value():
     rewards, values, _, mask = random_batch(3)
     advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
     to_come = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
@@ -124,7 +124,7 @@ def test_gae_at_lambda_0_is_the_td_error():
         assert float(advantages[b, t]) == pytest.approx(want, abs=1e-5)
 
 
-def test_values_outside_the_mask_never_matter():
+def test_values_outside_the_mask_change_nothing():
     rewards, values, other, mask = random_batch(5)
     once = gae(rewards, values, mask, 0.9, 0.8)
     trash = torch.where(mask, 0, torch.tensor(math.nan))
@@ -136,7 +136,7 @@ def test_values_outside_the_mask_never_matter():
     assert loss == loss_too and clipped == clipped_too
 
 
-def test_gae_is_float32_whatever_comes_in():
+def test_gae_is_float32_for_every_input_dtype():
     rewards, values, _, mask = random_batch(6)
     advantages, returns = gae(rewards.bfloat16(), values.bfloat16(), mask, 1.0, 0.95)
     assert advantages.dtype == returns.dtype == torch.float32
@@ -162,14 +162,14 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient():
 
 
 @pytest.mark.parametrize("ratio, advantage, slope", [
-    (1.5, 2.0, 0.0),  # already likelier by more than the clip: no further
-    (0.5, -2.0, 0.0),  # already less likely: no further
-    (0.5, 2.0, -1.0),  # moved the wrong way: pushed back, -ρA
+    (1.5, 2.0, 0.0),  # moved with A by more than ε: no gradient
+    (0.5, -2.0, 0.0),
+    (0.5, 2.0, -1.0),  # moved against A by more than ε: the gradient -ρA remains
     (1.5, -2.0, 3.0),
-    (1.1, 2.0, -2.2),  # inside the clip
+    (1.1, 2.0, -2.2),  # moved by less than ε
     (0.9, -2.0, 1.8),
 ])
-def test_the_clip_stops_a_push_further_and_never_a_push_back(ratio, advantage, slope):
+def test_the_clip_stops_only_tokens_that_moved_with_their_advantage(ratio, advantage, slope):
     old = torch.tensor([[0.0, -1.0]])
     logps = (old + math.log(ratio)).requires_grad_()
     mask = torch.tensor([[False, True]])
@@ -181,30 +181,30 @@ def test_the_clip_stops_a_push_further_and_never_a_push_back(ratio, advantage, s
 
 # ------------------------------------------------------------------------------ control of β
 
-def test_beta_rises_above_the_target_falls_below_and_rests_on_it():
+def test_beta_rises_when_kl_is_above_the_target_falls_below_it_and_stays_at_it():
     beta = adaptive_kl_beta
     assert beta(0.1, 2.0, 2.0, 2.0) == 0.1
     assert beta(0.1, 2.2, 2.2, 2.0) > 0.1 > beta(0.1, 1.8, 1.8, 2.0)
-    assert beta(0.1, 2.0, 1.5, 2.0) > 0.1 > beta(0.1, 2.0, 2.5, 2.0), "no brake"
+    assert beta(0.1, 2.0, 1.5, 2.0) > 0.1 > beta(0.1, 2.0, 2.5, 2.0), "the second term is missing"
     assert beta(0.2, 2.2, 2.1, 2.0) == pytest.approx(2 * beta(0.1, 2.2, 2.1, 2.0))
 
 
 @pytest.mark.parametrize("kl, last", [(1e9, 0), (-5, 1e9), (0, 0), (0, 1e9)])
-def test_beta_changes_by_half_at_most(kl, last):
+def test_beta_changes_by_a_factor_of_at_most_one_and_a_half(kl, last):
     assert 1 / 1.5 < adaptive_kl_beta(1.0, kl, last, 0.5) < 1.5
 
 
 @pytest.mark.parametrize("target", [0.5, 1.0, 2.0, 3.0])
-def test_beta_settles_where_kl_follows_it_five_iterations_later(target):
+def test_kl_reaches_its_target_although_it_follows_beta_five_iterations_later(target):
     beta, kl, last, seen = 0.1, 0.0, 0.0, []
     for _ in range(30):
         beta, last = adaptive_kl_beta(beta, kl, last, target), kl
         kl += (0.13 / beta - kl) / 5  # a policy whose optimum has KL 1 at β = 0.13
         seen.append(kl / target)
-    assert all(abs(x - 1) < 0.2 for x in seen[20:]), f"still swings: {seen}"
+    assert all(abs(x - 1) < 0.2 for x in seen[20:]), f"it still oscillates: {seen}"
 
 
-def test_beta_is_controlled_after_the_warm_up_and_only_towards_a_target():
+def test_beta_is_adapted_only_after_the_warm_up_and_only_with_a_target():
     ppo, last = trainer(target=0.5, warmup=2), 0.0
     rows = [ppo.step(step, PROMPTS, step) for step in range(6)]
     assert rows[0]["beta"] == rows[1]["beta"] == rows[2]["beta"] == ppo.config.beta
@@ -215,20 +215,20 @@ def test_beta_is_controlled_after_the_warm_up_and_only_towards_a_target():
     assert [fixed.step(step, PROMPTS, step)["beta"] for step in range(3)] == [0.1] * 3
 
 
-def test_the_controlled_beta_is_the_one_that_training_uses():
-    """Two trainers at the same β, one as configured and one as controlled, take equal steps."""
+def test_training_uses_the_adapted_beta_and_not_the_configured_one():
+    """Two trainers with the same adapted β take equal steps, whatever β was configured."""
     steps = []
     for configured, controlled in ((0.1, 0.9), (0.9, 0.9), (0.1, 0.1)):
         ppo = trainer(policy=tiny(1), beta=configured)
         ppo.beta = controlled
         steps.append((ppo.step(2, PROMPTS, 0), parameters(ppo.policy)))
     assert steps[0][0] == steps[1][0] and torch.equal(steps[0][1], steps[1][1])
-    assert steps[0][0]["value_loss"] != steps[2][0]["value_loss"], "β does not reach the returns"
+    assert steps[0][0]["value_loss"] != steps[2][0]["value_loss"], "β has no effect on the returns"
 
 
 # ------------------------------------------------------------------------------ the networks
 
-def test_the_value_network_reads_no_future_and_all_of_the_past():
+def test_the_value_before_a_token_depends_on_all_earlier_tokens_and_on_no_later_one():
     model = ValueModel.from_gpt(tiny(0), 8)
     assert not model(torch.tensor([[0, 1, 2]])).any(), "its head must start at 0"
     torch.nn.init.normal_(model.score.weight)
@@ -239,8 +239,8 @@ def test_the_value_network_reads_no_future_and_all_of_the_past():
         other = idx.clone()
         other[0, t:] = (other[0, t:] + 1) % 4
         changed = (model(other) != values)[0]
-        assert not changed[: t + 1].any(), f"a value before token {t} has read it"
-        assert changed[t + 1 :].all(), f"a value after token {t} has not read it"
+        assert not changed[: t + 1].any(), f"a value before token {t} depends on it"
+        assert changed[t + 1 :].all(), f"a value after token {t} does not depend on it"
 
 
 def test_values_are_float32_under_autocast():
@@ -320,7 +320,7 @@ def test_the_first_gradient_of_the_policy_is_the_policy_gradient_of_whitened_adv
 
 @pytest.mark.parametrize("step, decay", [(0, 1), (3, 1), (4, 2 / 3), (5, 1 / 3)])
 def test_the_policys_rate_falls_over_the_second_half_and_the_value_networks_does_not(step, decay):
-    """Adam's first step moves each parameter by its rate, whatever the gradient."""
+    """Adam's first step moves each parameter by the learning rate, for every gradient."""
     ppo = one_update(lr=1e-3, value_lr=4e-3)
     before = parameters(ppo.policy), parameters(ppo.value)
     ppo.step(step, PROMPTS, 0)
@@ -337,7 +337,7 @@ def test_gradients_are_clipped_to_max_norm():
         assert float((parameters(model) - old).abs().max()) < 0.02 * ppo.config.lr
 
 
-def test_the_clip_is_the_configured_one():
+def test_the_objective_is_clipped_at_the_configured_epsilon():
     clipped = [trainer(warmup=0, minibatches=1, lr=1e-2, clip=clip).step(0, PROMPTS, 0)
                ["clip_fraction"] for clip in (1e-4, 0.2, 1e3)]
     assert clipped[0] > clipped[1] > clipped[2] == 0
@@ -372,13 +372,13 @@ def test_a_resumed_run_is_bit_for_bit_the_same():
     assert len({row["beta"] for row in rows}) > 2
 
 
-def test_seeds_differ():
+def test_another_seed_gives_other_samples():
     ppo = trainer()
     seen = [(ppo.step(0, PROMPTS, seed), ppo.last[1])[1] for seed in (0, 2**48 - 1)]
     assert seen[0] != seen[1]
 
 
-def test_every_epoch_passes_over_all_samples_in_an_order_of_its_own():
+def test_every_epoch_passes_over_all_samples_in_another_order():
     parts = [args[2].tolist() for args in calls_of_update(trainer(epochs=3, minibatches=4))]
     assert [len(part) for part in parts] == [len(PROMPTS) / 4] * 12
     epochs = [sum(parts[i : i + 4], []) for i in (0, 4, 8)]
@@ -389,11 +389,11 @@ def test_every_epoch_passes_over_all_samples_in_an_order_of_its_own():
 def test_small_batches_take_the_same_step():
     rows = [one_update(batch_size=n).step(0, PROMPTS, 0) for n in (512, 5)]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4, abs=1e-6)
-    assert rows[0]["clip_fraction"] == rows[0]["approx_kl"] == 0, "a ratio does not start at 1"
+    assert rows[0]["clip_fraction"] == rows[0]["approx_kl"] == 0, "a ratio did not start at 1"
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_an_update_reads_nothing_outside_the_mask(warmup):
+def test_what_is_outside_the_mask_does_not_change_an_update(warmup):
     logs, after = [], []
     for trash in (0.0, math.nan):
         ppo = one_update()
@@ -405,12 +405,12 @@ def test_an_update_reads_nothing_outside_the_mask(warmup):
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_an_update_waits_for_a_gpu_once_per_batch_and_in_warm_up_never(warmup):
+def test_an_update_waits_for_a_gpu_once_per_batch_and_not_at_all_in_warm_up(warmup):
     ppo = one_update(batch_size=8 * 5)  # 24 rollouts in 5 batches of an update
     [(*args, _)] = calls_of_update(ppo)
     with Waits() as found:
         ppo.update(*args, warmup)
-    lengths = {"_local_scalar_dense": 5}  # each batch's longest: these are on the CPU anyway
+    lengths = {"_local_scalar_dense": 5}  # each batch's longest length, which is on the CPU
     assert Counter(found) == lengths | ({} if warmup else {"nonzero": 5})  # of token_logps
 
 
@@ -429,20 +429,20 @@ class Moves(TorchDispatchMode):
 
 
 def test_an_update_moves_one_index_per_batch_to_the_device(monkeypatch):
-    """On the device "meta". An index on the CPU would be copied by each tensor that it indexes."""
+    """On the device "meta". An index on the CPU would be copied once for each indexed tensor."""
     ppo = one_update(batch_size=8 * 5)
     [(rollouts, lengths, part, _)] = calls_of_update(ppo)
     ppo.device, ppo.optimizer.step = torch.device("meta"), lambda: None
     ppo.policy.to("meta"), ppo.value.to("meta")
     rollouts = [x.to("meta") for x in rollouts]
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no meta
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # no "meta"
     with Moves() as moves:
         ppo.update(rollouts, lengths, part, warmup=True)
-    assert moves.found == ["_to_copy.default"] * (1 + 5), "the update's index, its batches'"
+    assert moves.found == ["_to_copy.default"] * (1 + 5), "the update's and the batches' indices"
 
 
 @pytest.mark.parametrize("epochs, minibatches", [(1, 1), (3, 4)])
-def test_a_step_waits_few_times_besides_its_updates(epochs, minibatches):
+def test_apart_from_its_updates_a_step_waits_for_a_gpu_few_times(epochs, minibatches):
     ppo = trainer(warmup=0, epochs=epochs, minibatches=minibatches)
     completions = ppo.sample(ppo.policy, PROMPTS, 0)
     ppo.sample = lambda *_: completions
@@ -451,7 +451,7 @@ def test_a_step_waits_few_times_besides_its_updates(epochs, minibatches):
     assert len(found) - 2 * epochs * minibatches <= 12, found
 
 
-def test_the_row_describes_the_samples():
+def test_the_logged_row_describes_the_samples_of_its_step():
     ppo = trainer()
     row = [ppo.step(step, PROMPTS, step) for step in range(2)][1]
     prompts, completions = ppo.last
@@ -534,10 +534,10 @@ def test_each_iteration_draws_its_own_training_prompts(trained):
     assert all(a != b for a, b in zip(trained.prompts, trained.prompts[1:]))
 
 
-def test_the_stage_hands_its_settings_to_ppo(trained):
+def test_the_stage_passes_its_settings_to_ppo(trained):
     rows, cfg = trained.rows, trained.job.cfg
     assert rows[0]["beta"] == pytest.approx(7 * cfg.ppo_beta, rel=1e-5), "β is in units of the sd"
-    assert rows[3]["beta"] != rows[2]["beta"], "no control towards --ppo-target"
+    assert rows[3]["beta"] != rows[2]["beta"], "β is not adapted to --ppo-target"
     rates = [row["lr"] / cfg.ppo_lr for row in rows]
     assert rates == pytest.approx([1, 1, 1, 1, 2 / 3], rel=1e-4), "no decay over --ppo-steps"
     assert all(abs(row["explained_variance"]) < 1e-5 for row in rows), "--ppo-value-lr is not 0"
@@ -556,11 +556,11 @@ def finished(chain, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "ppo-gt"])
-def test_ppo_logs_its_reward_apart_from_the_true_one(finished, stage):
+def test_ppo_logs_the_learned_reward_and_the_true_reward_separately(finished, stage):
     run = folder(finished, stage)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "eval" not in row]
-    assert len(steps) == 4
+    assert len(steps) == 4 and (run / "curves.png").exists()
     if stage == "ppo":
         assert all(abs(r["reward"] - r["true_reward"]) > 1e-3 for r in steps), "r_φ is not r*"
         sd = json.loads((folder(finished, "rm") / "report.json").read_text())["sd"]

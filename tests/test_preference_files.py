@@ -1,6 +1,6 @@
-"""Laws of support/preference_files.py: whatever a preference's form, it gives the ids of its texts.
+"""Laws of support/preference_files.py: a preference in any form gives the ids of its texts.
 
-The files that are refused are rows of test_mistakes.py.
+Files that are refused are rows of test_mistakes.py.
 """
 
 import gzip
@@ -125,9 +125,9 @@ def test_lines_an_array_and_gzip_hold_the_same(read):
 
 def test_an_anthropic_hh_prompt_ends_with_the_last_mark_that_both_share(texts):
     head = "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: film?\n\nAssistant:"
-    chosen = " good\n\nHuman: why?\n\nAssistant: no"  # goes on past the prompt
+    chosen = " good\n\nHuman: why?\n\nAssistant: no"  # it contains a MARK too
     assert texts({"chosen": head + chosen, "rejected": head + " bad"}) == (head, chosen, " bad")
-    early = "\n\nHuman: hi\n\nAssistant:"  # another question: the last shared mark is the first
+    early = "\n\nHuman: hi\n\nAssistant:"  # the next questions differ
     rest = [" yes\n\nHuman: a\n\nAssistant: b", " yes\n\nHuman: c\n\nAssistant: d"]
     assert texts({"chosen": early + rest[0], "rejected": early + rest[1]}) == (early, *rest)
 
@@ -135,7 +135,7 @@ def test_an_anthropic_hh_prompt_ends_with_the_last_mark_that_both_share(texts):
 @pytest.mark.parametrize("chosen, rejected, prompt", [
     ("The sky is blue.", "The sky is green.", "The sky is"),  # TRL's own example
     ("The sky is blue", "The sky is black", "The sky is"),  # TRL: "The sky is bl"
-    ("The sky is", "The sky is blue", "The sky"),  # nothing else would be chosen
+    ("The sky is", "The sky is blue", "The sky"),  # else chosen would be empty
     ("The sky  is", "The sky \n was", "The sky"), ("The sky is ☃", "The sky is ☂", "The sky is"),
     ("blue", "black", ""), (" blue", " green", ""), ("blue", "", None)])
 def test_without_a_mark_the_prompt_is_the_words_that_both_share(read, texts, chosen, rejected,
@@ -152,28 +152,28 @@ def test_without_a_mark_the_prompt_is_the_words_that_both_share(read, texts, cho
         assert groups.prompt_ids[0] + ids == [EOT, *encode(text), EOT], "a token was cut in two"
 
 
-def test_conversations_end_their_prompt_before_the_last_answers_that_part(texts):
+def test_the_prompt_of_conversations_ends_before_the_answers_that_differ(texts):
     head = [{"role": "system", "content": "Be brief."}, user("hi"), assistant("hey"), user("film?")]
     text = "\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant: hey\n\nHuman: film?\n\nAssistant:"
     chosen, rejected = [assistant("good"), user("so?"), assistant("yes")], [assistant("bad")]
     more = " good\n\nHuman: so?\n\nAssistant: yes"
     assert texts({"chosen": head + chosen, "rejected": head + rejected}) == (text, more, " bad")
     assert texts({"prompt": head, "chosen": chosen, "rejected": rejected}) == (text, more, " bad")
-    # a shared answer after an explicit prompt is no part of it
+    # an answer that both share after an explicit prompt is not part of the prompt
     assert texts({"prompt": head[:2], "chosen": head[2:] + rejected, "rejected": head[2:] + chosen}
                  ) == ("\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant:",
                        f" hey\n\nHuman: film?{MARK} bad", f" hey\n\nHuman: film?{MARK}{more}")
-    # the prompt's first turn may be the assistant's
+    # a prompt may begin with an assistant's turn
     assert texts({"chosen": head[2:] + chosen, "rejected": head[2:] + rejected}) == (
         f"{MARK} hey\n\nHuman: film?{MARK}", more, " bad")
-    # one ends where the other goes on; a message may spell a mark
+    # one of them may be longer, and a message may contain the text of a MARK
     assert texts({"chosen": [user("x\n\nAssistant: y"), assistant("z"), user("u"), assistant("v")],
                   "rejected": [user("x\n\nAssistant: y"), assistant("z")]}) == (
         "\n\nHuman: x\n\nAssistant: y\n\nAssistant:", " z\n\nHuman: u\n\nAssistant: v", " z")
 
 
 def test_trl_s_examples_of_preferences(texts):
-    """docs/source/dataset_formats.md: explicit and implicit, standard and conversational."""
+    """The four forms of TRL's docs/source/dataset_formats.md."""
     sky, colour = user("What color is the sky?"), "\n\nHuman: What color is the sky?\n\nAssistant:"
     blue, green = assistant("It is blue."), assistant("It is green.")
     for row, want in (
@@ -207,7 +207,7 @@ def test_inside_a_text_endoftext_is_ordinary(parse, read):
     assert completions == ended("<|endoftext|>y", "a <|endoftext|> b")
     assert [y.count(EOT) for y in completions] == [1, 1]
     row = {"prompt": "x", "completions": ["<|endoftext|>", "b"], "prompt_ids": [EOT, *b"x"],
-           "completion_ids": [[*b"<|endoftext|>", EOT], [*b"b", EOT]]}  # a model spelled it
+           "completion_ids": [[*b"<|endoftext|>", EOT], [*b"b", EOT]]}  # sampled as letters
     assert parse(row)[1] == row["completion_ids"]
 
 
@@ -216,7 +216,7 @@ def test_inside_a_text_endoftext_is_ordinary(parse, read):
 def test_unusual_rows_are_left_out_and_counted_by_reason(read):
     usual = {"prompt": "film", "chosen": " good", "rejected": " bad"}
     dialogue = "\n\nHuman: {}\n\nAssistant: {}".format
-    rows = [usual, usual,  # twice: duplicates stay
+    rows = [usual, usual,  # a duplicate is kept
             usual | {"chosen": " "}, usual | {"rejected": ""}, usual | {"chosen": "<|endoftext|>"},
             usual | {"chosen": [user("film"), assistant("")],
                      "rejected": [user("film"), assistant("x")]},
@@ -231,11 +231,11 @@ def test_unusual_rows_are_left_out_and_counted_by_reason(read):
     assert groups.dropped == {"an empty completion": 4, "equal completions": 2,
                               "no shared prompt": 2, "longer than 500,000 characters": 1,
                               "longer than 512 tokens": 1,
-                              "a prompt that chosen and rejected do not have": 1}
+                              "chosen and rejected do not continue the prompt": 1}
     ranks = {"prompt": "film", "completions": ["a", "b", "a"]}
     groups = read(ranks | {"rewards": [1, 0, 1]}, ranks | {"rewards": [1, 1, 1]},
                   ranks | {"completions": ["a"] * 3, "rewards": [1, 2, 3]})
-    assert groups.rewards.tolist() == [[1, 0, 1]], "equal ones of equal reward are no contradiction"
+    assert groups.rewards.tolist() == [[1, 0, 1]], "equal texts with equal rewards"
     assert groups.dropped == {"equal rewards": 1, "equal completions": 1}
     assert read(ranks, ranks | {"completions": ["a", "b", "c"]}).dropped == {"equal completions": 1}
     long = {"prompt": "film " * 600, "completions": ["a", "b"], "rewards": [1, 0]}
@@ -243,8 +243,8 @@ def test_unusual_rows_are_left_out_and_counted_by_reason(read):
                 ).rewards.tolist() == [[0, 1]], "the reward of another group"
 
 
-def test_harmless_base_is_read_but_for_its_four_empty_answers(read):
-    """As in Anthropic-HH's harmless-base/test.jsonl.gz: of 2,312 rows, 4 have a space as chosen."""
+def test_harmless_base_is_read_without_its_four_empty_answers(read):
+    """Anthropic-HH's harmless-base/test.jsonl.gz has 2,312 rows; in 4 of them chosen is a space."""
     rng, rows = random.Random(0), []
     for i in range(2312):
         head = "".join(f"\n\nHuman: {i} {rng.random()}?\n\nAssistant: yes" for _ in range(i % 3))
@@ -254,7 +254,7 @@ def test_harmless_base_is_read_but_for_its_four_empty_answers(read):
     assert len(groups.prompt_ids) == 2308 and groups.dropped == {"an empty completion": 4}
 
 
-def test_texts_that_no_file_can_hold_are_read_as_replacement_characters(read):
+def test_surrogates_are_read_as_replacement_characters(read):
     groups = read({"prompt": "a\ud800", "chosen": "\udc00", "rejected": "\ud83d\ude00 \x00"})
     assert groups.prompt_ids == [[EOT, *encode("a\ufffd")]]
     assert groups.completion_ids == [ended("\ufffd", "😀 \x00")]

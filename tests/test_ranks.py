@@ -1,4 +1,5 @@
-"""Several processes as one run: torchrun's, and pairs of forked children that are ranks 0 and 1."""
+"""Laws of support/ranks.py, in processes of torchrun, and in pairs of forked children that are
+ranks 0 and 1."""
 
 import functools
 import itertools
@@ -23,7 +24,7 @@ STORES = itertools.count()
 
 
 def pair(tmp_path, work) -> list[tuple[int, str]]:
-    """Exit code and output of work(rank) in two processes that are ranks 0 and 1."""
+    """The exit code and the output of work(rank) in two processes, ranks 0 and 1."""
     path = str(tmp_path / f"store{next(STORES)}")
 
     def as_rank(rank):
@@ -39,7 +40,7 @@ def pair(tmp_path, work) -> list[tuple[int, str]]:
 
 
 def commands(tmp_path, *argv) -> str:
-    """train.py as two ranks; what rank 0 printed."""
+    """Runs train.py as two ranks. Returns what rank 0 printed."""
     (code, text), (other, silence) = pair(tmp_path, lambda rank: train_py(argv))
     assert code == other == 0, text + silence
     assert silence == "", "rank 1 prints nothing"
@@ -48,7 +49,7 @@ def commands(tmp_path, *argv) -> str:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, data):
-    """The chain of one process with two micro-batches per step."""
+    """The chain, made by one process with two micro-batches per step."""
     out = tmp_path_factory.mktemp("one")
     result = command(*TINY, "--sft-accum", 2, "--dpo-accum", 2, "--out", out, "--data", data)
     assert result.code == 0, result.err
@@ -58,8 +59,8 @@ def one(tmp_path_factory, data):
 # ------------------------------------------------------------------------------ the same numbers
 
 
-def test_two_processes_make_what_one_makes_with_two_micro_batches(tmp_path, data, one):
-    """Byte for byte, dropout included: weights, preferences, log-probs and logs."""
+def test_two_processes_equal_one_with_two_micro_batches(tmp_path, data, one):
+    """Weights, preferences, log-probs and logs are equal byte for byte, also with dropout."""
     text = commands(tmp_path, *TINY, "--out", tmp_path, "--data", data)
     assert text.count("dpo: done in") == 1 and "reward r*" in text
     for stage in ("sft", "groups", "dpo"):
@@ -80,8 +81,8 @@ def test_two_processes_train_the_same_reward_model_and_sample_the_same_best_of_n
     assert torch.equal(a["rewards"], b["rewards"])
 
 
-def test_an_imdb_judge_is_trained_by_all_processes(tmp_path):
-    """Each rank has a part of the whole reviews and one of the crops."""
+def test_all_processes_train_r_star_of_imdb(tmp_path):
+    """Each rank has a part of the whole reviews and a part of the crops."""
     import numpy as np
 
     from reward import label_batches
@@ -118,19 +119,19 @@ def test_a_killed_run_goes_on(tmp_path, data, one, kind, name, n):
 
 def test_an_error_of_all_ranks_is_printed_once(tmp_path):
     ended = pair(tmp_path, lambda rank: train_py(["--groups", "/none.jsonl", "--device", "cpu"]))
-    assert [code for code, _ in ended] == [2, 1], "rank 1 waits for rank 0, which reads first"
+    assert [code for code, _ in ended] == [2, 1], "rank 0 reads first and prints the error"
     text = "".join(text for _, text in ended)
     assert text.count("error: cannot read /none.jsonl") == 1 and "Traceback" not in text
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-def test_of_a_rank_that_fails_alone_the_others_say_nothing(tmp_path, faulty):
+def test_if_one_rank_fails_only_that_rank_prints_an_error(tmp_path, faulty):
     def work(rank):
         def main():
             ranks.start(False)
             if rank == faulty:
                 raise UserError("its disk is full")
-            ranks.add_up([torch.ones(3)])  # of the others too: they wait
+            ranks.add_up([torch.ones(3)])  # waits for all ranks
 
         return main_exit(main)
 
@@ -140,14 +141,14 @@ def test_of_a_rank_that_fails_alone_the_others_say_nothing(tmp_path, faulty):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "frontier", "inspect", "degenerate"])
-def test_what_one_process_alone_can_do_is_refused_under_torchrun(tmp_path, stage):
+def test_a_stage_for_one_process_is_refused_under_torchrun(tmp_path, stage):
     ended = pair(tmp_path, lambda rank: train_py(["--stage", stage, "--device", "cpu"]))
     assert [code for code, _ in ended] == [2, 2]
     text, = filter(None, (text for _, text in ended))
-    assert text.startswith(f"error: --stage {stage} is one process") and text.count("\n") == 1
+    assert text.startswith(f"error: --stage {stage} runs in one process") and text.count("\n") == 1
 
 
-def test_ranks_of_unlike_memory_sample_the_same_parts(tmp_path, job):
+def test_ranks_with_different_memory_sample_the_same_parts(tmp_path, job):
     model, prompts = job.policy("sft"), [[job.data.eot, i] for i in range(1, 41)]
     alone = job.sample(model, prompts, seed=1)
 
@@ -188,7 +189,7 @@ def test_each_rank_has_a_gpu(monkeypatch):
 # ------------------------------------------------------------------------------ the functions
 
 
-def test_shares_come_together_in_order(tmp_path):
+def test_results_of_all_ranks_are_in_the_order_of_the_parts(tmp_path):
     def work(rank):
         ranks.start(False)
         for n in range(6):
@@ -203,7 +204,7 @@ def test_shares_come_together_in_order(tmp_path):
     assert [code for code, _ in pair(tmp_path, work)] == [0, 0]
 
 
-def test_rank_0_goes_first_and_alone_writes(tmp_path):
+def test_rank_0_goes_first_and_only_rank_0_writes(tmp_path):
     made = tmp_path / "run" / "model.pt"
 
     def work(rank):
@@ -227,7 +228,7 @@ def test_rank_0_goes_first_and_alone_writes(tmp_path):
     assert read_rows(made.parent / "metrics.jsonl") == [dict(step=0, rank=0)]
 
 
-def test_one_process_is_a_world_of_its_own():
+def test_without_torchrun_the_functions_change_nothing():
     ranks.start(False)
     assert ranks.share([1, 2, 3]) == ranks.together([1, 2, 3]) == [1, 2, 3]
     ranks.add_up([x := torch.ones(2)])
@@ -240,8 +241,8 @@ def test_one_process_is_a_world_of_its_own():
 # ------------------------------------------------------------------------------ torchrun itself
 
 
-def test_torchrun_starts_it_and_its_error_is_said_once(tmp_path, data):
-    """SFT is made, then a rate that diverges ends it."""
+def test_torchrun_runs_train_py_and_its_error_is_printed_once(tmp_path, data):
+    """SFT is made. Then DPO diverges, because its learning rate is too large."""
     argv = (*TINY, "--out", tmp_path, "--data", data, "--dpo-lr", "1e30", "--grad-clip", "0")
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -1,5 +1,5 @@
-"""Laws of reward.py: r* is the text's, r_φ is read at the last token, and a judge's numbers are
-what it was given to judge."""
+"""Laws of reward.py: r* is a function of the text, r_φ is read at the last token, and a reward
+depends neither on the batch nor on the caller's precision."""
 
 import json
 import math
@@ -21,7 +21,7 @@ EOS = 19
 
 
 def random_model(seed: int = 0, config: GPTConfig = CONFIG) -> RewardModel:
-    """A reward model past its first step: its head is not zero."""
+    """A reward model whose head is not zero, as after training."""
     torch.manual_seed(seed)
     model = RewardModel(config)
     torch.nn.init.normal_(model.score.weight)
@@ -42,7 +42,7 @@ def enc():
 
 
 def halves(enc, reviews):
-    """Each review as a prompt, <|endoftext|> first, and a completion."""
+    """Each review as a prompt, which begins with <|endoftext|>, and a completion."""
     ids = [enc.encode_ordinary(text) for text in reviews]
     return [[enc.eot_token, *x[:5]] for x in ids], [x[5:] for x in ids]
 
@@ -66,13 +66,13 @@ def test_the_grammatical_share_is_over_sentences(enc):
     assert toy.grammatical(*halves(enc, toy_reviews.reviews(50, 2))) == 1
     good = "The acting was funny."
     texts = [f"{good} {good} {good}", "Was the funny acting."]
-    assert toy.grammatical(*halves(enc, texts)) == 3 / 4, "a mean over texts would be 1/2"
+    assert toy.grammatical(*halves(enc, texts)) == 3 / 4, "a mean over texts would be 1/2, not 3/4"
     assert toy.grammatical([[enc.eot_token]], [[enc.eot_token]]) == 0, "no sentence at all"
 
 
 # ------------------------------------------------------------------------------ the model
 
-def test_a_new_model_is_indifferent_log_2_under_either_loss():
+def test_a_new_model_gives_score_0_and_both_losses_are_log_2():
     model = RewardModel(CONFIG)
     idx, _, lengths = pad_rows(random_rows(8, 1, 15), [[]] * 8)
     scores = model(idx, lengths)
@@ -107,7 +107,7 @@ def test_under_autocast_the_score_is_not_rounded_to_bf16():
         scores = model(idx, lengths)
     assert scores.dtype == torch.float32
     ties = 256 - len(scores.unique())
-    assert ties <= 2, f"{ties} of 256 rewards tied by rounding: bf16 has three digits"
+    assert ties <= 2, f"{ties} of 256 rewards are equal after rounding: bf16 has three digits"
 
 
 @pytest.mark.parametrize("n_ctx", [4, 16, 40])
@@ -152,22 +152,22 @@ def test_a_file_that_is_no_reward_model_is_named(tmp_path):
 
 def test_truncate_keeps_the_end_of_a_long_review():
     review = np.array([EOS, *range(15)], dtype=np.uint16)
-    assert truncate(review, 16) == truncate(review, 99) == review.tolist(), "it fits: whole"
-    assert truncate(review, 5) == [EOS, 11, 12, 13, 14], "the end, where the verdict stands"
+    assert truncate(review, 16) == truncate(review, 99) == review.tolist(), "it fits"
+    assert truncate(review, 5) == [EOS, 11, 12, 13, 14], "the end is kept"
     assert truncate(review[:1], 5) == [EOS], "an empty review"
-    assert all(type(i) is int for i in truncate(review, 5)), "uint16 would overflow elsewhere"
+    assert all(type(i) is int for i in truncate(review, 5)), "uint16 could overflow later"
 
 
-def test_crops_are_runs_from_anywhere_in_the_review():
+def test_crops_are_consecutive_tokens_from_any_place_in_the_review():
     rng, review = np.random.default_rng(0), np.array([EOS, *range(10)], dtype=np.uint16)
     starts = set()
     for _ in range(200):
         got = crop(review, 4, rng)
         assert got[0] == EOS and len(got) == 5
-        assert got[1:] == list(range(got[1], got[1] + 4)), "not tokens in a row"
+        assert got[1:] == list(range(got[1], got[1] + 4)), "the tokens are not consecutive"
         starts.add(got[1])
-    assert starts == set(range(7)), "some place is never cropped, an end perhaps"
-    assert crop(review, 10, rng) == crop(review, 50, rng) == review.tolist(), "shorter: whole"
+    assert starts == set(range(7)), "a place is never used: perhaps the last one"
+    assert crop(review, 10, rng) == crop(review, 50, rng) == review.tolist(), "a short review"
     assert crop(review[:1], 4, rng) == [EOS]
 
 
@@ -183,7 +183,7 @@ def test_a_step_has_whole_reviews_and_as_many_crops_each_with_its_label(n_ctx, m
             assert part["idx"].shape[0] == len(part["lengths"]) == len(part["labels"]) == 16
             assert part["idx"].dtype == torch.int64 and part["labels"].dtype == torch.float32
             assert int(part["lengths"].max()) <= longest
-            assert (part["idx"][:, 0] == 99).all(), "<|endoftext|> first"
+            assert (part["idx"][:, 0] == 99).all(), "it must begin with <|endoftext|>"
             for row, n, label in zip(part["idx"], part["lengths"], part["labels"]):
                 review = int(row[1])
                 assert (row[1:n] == review).all() and label == review % 2, "another's label"
@@ -209,7 +209,7 @@ def test_the_label_loss_is_the_binary_cross_entropy():
 
 
 def rigged(p: dict[int, float]) -> RewardModel:
-    """A model that says p[i] of a text that ends with token i, and remembers what it was given."""
+    """A model that returns p[i] for a text that ends with token i, and records all texts."""
     model = RewardModel(CONFIG)
     model.seen = []
 
@@ -228,14 +228,14 @@ def test_accuracy_and_calibration_error_worked_by_hand():
     labels = np.array([1, 1, 1, 1, 1, 0, 0, 0, 1, 0], dtype=np.float32)
     rng = np.random.default_rng(0)
     tokens = [np.array([EOS, *[4] * int(rng.integers(0, 12)), i]) for i in ends]
-    # in order of length, so not in the order given: each must keep its label
+    # scored in order of length, which is not this order: each text must keep its label
     right = (4 + 1 + 2 + 1) / 10
     # 0.95 and 1 share the last bin: 6 texts, mean p (4 · 0.95 + 2 · 1) / 6, positives 5 / 6
     gap = (abs(4 * 0.95 + 2 * 1 - 5) + abs(2 * 0.65 - 1) + abs(2 * 0.15 - 0)) / 10
     for batch_size in (1, 3, 64):
         got = label_accuracy(rigged(says), tokens, labels, 16, batch_size=batch_size)
         assert abs(got["accuracy"] - right) < 1e-6
-        assert abs(got["calibration_error"] - gap) < 1e-6, "the expected one, over ten bins"
+        assert abs(got["calibration_error"] - gap) < 1e-6, "a mean over ten bins"
 
 
 def test_accuracy_reads_whole_reviews_or_crops_of_one_length():
@@ -244,7 +244,7 @@ def test_accuracy_reads_whole_reviews_or_crops_of_one_length():
     model = rigged(dict.fromkeys(range(20), 0.9))
     label_accuracy(model, tokens, labels, 16)
     assert sorted(model.seen) == sorted(truncate(ids, 16) for ids in tokens), "the last 16 tokens"
-    assert not model.training, "dropout would be on"
+    assert not model.training, "dropout is on"
     for crop_len in (5, 99):
         model = rigged(dict.fromkeys(range(20), 0.9))
         got = label_accuracy(model, tokens, labels, 16, crop_len)
@@ -254,8 +254,8 @@ def test_accuracy_reads_whole_reviews_or_crops_of_one_length():
 
 
 def test_a_tiny_model_learns_whether_a_word_occurs():
-    """Positive reviews have a 1 somewhere, negative ones do not; crops with the word cut off are
-    beyond knowing, so whole reviews are judged."""
+    """Positive reviews contain token 1, negative ones do not. The accuracy is of whole reviews,
+    because a crop may not contain the token."""
     rng = np.random.default_rng(0)
     labels = np.arange(400, dtype=np.float32) % 2
     tokens = []
@@ -274,16 +274,16 @@ def test_a_tiny_model_learns_whether_a_word_occurs():
         optimizer.step()
         optimizer.zero_grad()
     after = label_accuracy(model, tokens[300:], labels[300:], 16)
-    assert before["accuracy"] == 0.5, "a new model is indifferent"
+    assert before["accuracy"] == 0.5, "a new model gives every text the same score"
     assert after["accuracy"] > 0.95 and after["calibration_error"] < 0.2, after
 
 
-# ------------------------------------------------------------------------------ judges
+# ------------------------------------------------------------------------------ a model as a reward
 
 def test_sentiment_is_a_probability_of_prompt_and_completion_without_its_end():
     model = random_model()
     judge = ModelReward(model.train(), EOS)
-    assert not model.training, "a judge has no dropout"
+    assert not model.training, "a reward has no dropout"
     rows = random_rows(20, 3, 14)
     prompts, completions = [r[:2] for r in rows], [r[2:] for r in rows]
     got = judge(prompts, completions)
@@ -294,7 +294,7 @@ def test_sentiment_is_a_probability_of_prompt_and_completion_without_its_end():
             alone = model(torch.tensor([row]), torch.tensor([len(row)])).sigmoid()[0]
         torch.testing.assert_close(p, alone, atol=1e-5, rtol=0)
     ended = judge(prompts, [c + [EOS] for c in completions])
-    torch.testing.assert_close(ended, got, msg="a closing <|endoftext|> moved the reward")
+    torch.testing.assert_close(ended, got, msg="<|endoftext|> at the end changed the reward")
     few = ModelReward(model, EOS, batch_size=3)(prompts, completions)
     torch.testing.assert_close(few, got, atol=1e-5, rtol=0, msg="rewards depend on the batch")
 
@@ -311,17 +311,17 @@ def test_a_learned_reward_is_the_score_itself_and_reads_the_end():
     for p, row in zip(got, ([EOS, 1, 2, 3, EOS], [EOS, 1, 2, 3])):
         with torch.no_grad():
             torch.testing.assert_close(p, model(torch.tensor([row]), torch.tensor([len(row)]))[0])
-    assert got[0] != got[1], "r_φ is trained on completions with their end"
+    assert got[0] != got[1], "r_φ reads <|endoftext|>"
 
 
 def test_a_text_past_the_judges_context_is_refused():
     judge = ModelReward(random_model(), EOS)
-    judge([[EOS]], [[1] * 15 + [EOS]])  # 16 tokens fit: its end is not read
-    with pytest.raises(UserError, match="17 tokens.*reads 16.*--reward-ctx"):
+    judge([[EOS]], [[1] * 15 + [EOS]])  # 16 tokens: the last EOS is not read
+    with pytest.raises(UserError, match="17 tokens.*reads at most 16.*--reward-ctx"):
         judge([[EOS, 1], [EOS]], [[2], [1] * 16])
 
 
-# ------------------------------------------------------------------------------ the paper's judge
+# ------------------------------------------------------------------------------ the paper's r*
 
 class Letters:
     """An encoding whose tokens are characters."""
@@ -337,7 +337,7 @@ def letters(text):
 
 
 def save_roberta(path, labels=("NEGATIVE", "POSITIVE")) -> None:
-    """A folder of the judge's layout: a tiny random RoBERTa, a tokenizer of letters."""
+    """A folder as the siebert model's: a tiny random RoBERTa with a tokenizer of letters."""
     transformers = pytest.importorskip(
         "transformers", reason="--reward siebert is optional: pip install transformers")
     symbols = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(chr, range(33, 127)), "Ġ"]
@@ -364,7 +364,7 @@ def test_siebert_is_the_models_probability_of_positive(tmp_path, monkeypatch):
     assert got.shape == (5,) and got.dtype == torch.float32
     assert ((0 <= got) & (got <= 1)).all() and got.std() > 1e-3
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(judge(prompts, completions), got), "one judge, whoever asks"
+        assert torch.equal(judge(prompts, completions), got), "float32 under autocast too"
     from transformers import pipeline
     classify = pipeline("text-classification", str(tmp_path / "judge"), top_k=None, device="cpu")
     for word, p in zip(words[:4], got):
@@ -376,14 +376,14 @@ def test_siebert_is_the_models_probability_of_positive(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda state: {}, "25 weights are missing or not finite, as classifier.dense.bias"),
+    (lambda state: {}, "25 weights are missing or not finite, one is classifier.dense.bias"),
     (lambda state: {k: w for k, w in state.items() if "classifier" not in k}, "4 weights are mis"),
     (lambda state: {k: w * math.nan if "out_proj.bias" in k else w for k, w in state.items()},
-     "1 weights are missing or not finite, as classifier.out_proj.bias"),
+     "1 weights are missing or not finite, one is classifier.out_proj.bias"),
     (lambda state: {k: w.new_zeros(3) if "out_proj.bias" in k else w for k, w in state.items()},
      "mismatched_sizes")])
 def test_a_judge_of_random_weights_is_refused(change, words, tmp_path, capfd):
-    """transformers draws what a folder lacks, and prints a table of it."""
+    """transformers would fill missing weights with random numbers and print a table of them."""
     save_roberta(tmp_path)
     from safetensors.torch import load_file, save_file
     path = tmp_path / "model.safetensors"
@@ -392,4 +392,4 @@ def test_a_judge_of_random_weights_is_refused(change, words, tmp_path, capfd):
     with pytest.raises(UserError, match=words) as caught:
         SiebertReward(Letters(), str(tmp_path))
     assert "--siebert-path" in str(caught.value) and "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", ""), "a table beside the sentence"
+    assert capfd.readouterr() == ("", ""), "a table was printed too"

@@ -1,5 +1,5 @@
-"""Laws of support/runs.py: a kill loses nothing, a folder keeps one identity, one process at a time
-works in it. The sentences that users read are rows of test_mistakes.py."""
+"""Laws of support/runs.py: a kill loses nothing, a folder keeps one identity, and one process at a
+time works in it. The sentences that users read are rows of test_mistakes.py."""
 
 import errno
 import os
@@ -24,8 +24,8 @@ ROOT = Path(runs.__file__).parents[1]
 
 
 def fork(work):
-    """The process id of a child that does work(started) and nothing else; returns once the child
-    has called started()."""
+    """The process id of a child that only does work(started). It is returned when the child has
+    called started()."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -41,7 +41,7 @@ def fork(work):
 
 
 def kill(pid):
-    """kill -9; the exit status that the child had reached, or minus the signal."""
+    """kill -9. Returns minus the signal, or the child's exit code if it had ended before."""
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -94,7 +94,7 @@ def test_bytes_are_on_disk_before_their_name_is(tmp_path, monkeypatch):
 
 
 def test_kill_9_during_a_write_leaves_old_or_new(tmp_path):
-    """Each write is one byte value a million times over; a mixture would be a torn file."""
+    """Each write repeats one byte value a million times. Two values in a file show a torn write."""
     path, seen, rng = tmp_path / "a", set(), random.Random(0)
 
     def write_forever(started):
@@ -115,7 +115,7 @@ def test_kill_9_during_a_write_leaves_old_or_new(tmp_path):
         (tmp_path / name).write_bytes(b"")
     os.mkfifo(tmp_path / ".pipe.tmp")
     with Run(tmp_path, SETTINGS, PARENTS):
-        assert not list(tmp_path.glob(".a.*.tmp")), "the next run clears what killed writers left"
+        assert not list(tmp_path.glob(".a.*.tmp")), "the next run removes these files"
         assert {"a", "other", ".notes.tmp", ".pipe.tmp", f".{'0' * 32}"} <= set(names(tmp_path))
 
 
@@ -125,10 +125,10 @@ def test_equal_states_give_equal_bytes(tmp_path):
     for name, first in ("a.pt", 0.0), ("b.pt", 0.0), ("c.pt", 1.0):
         save_tensors(tmp_path / name, {"w": torch.arange(9.0) + first, "betas": (0.9, 0.95)})
     a, b, c = (file_hash(tmp_path / name) for name in ("a.pt", "b.pt", "c.pt"))
-    assert a == b != c, "a hash must name a state"
+    assert a == b != c, "a hash must identify a state"
 
 
-def test_what_is_no_file_of_ours_is_refused(tmp_path):
+def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     save_tensors(path, {"w": torch.arange(1000.0)})
     whole = path.read_bytes()
@@ -140,7 +140,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path):
             load_tensors(path)
 
 
-def test_json_and_rows_come_back_and_a_torn_last_row_does_not(tmp_path):
+def test_json_and_rows_are_read_as_written_without_a_torn_last_row(tmp_path):
     save_json(tmp_path / "a.json", {"beta": [0.1, None]})
     assert read_json(tmp_path / "a.json") == {"beta": [0.1, None]}
     for torn in b'{"ste', b'{"ste\n', b"5\n", b"null\n", b'{"loss": 1}\n', b"[" * 10**6 + b"\n":
@@ -165,7 +165,7 @@ def test_json_hash_is_of_the_value():
 
 def test_a_run_from_start_to_finish(tmp_path):
     run = Run(tmp_path / "out/run", SETTINGS, PARENTS, about={"torch": "2"})
-    assert not run.finished and not run.folder.exists(), "asking must not make the folder"
+    assert not run.finished and not run.folder.exists(), "`finished` must not make the folder"
     with run:
         assert read_json(run.path("config.json")) == {
             "settings": {"beta": 0.1, "layers": [2, 3]}, "parents": PARENTS,
@@ -190,7 +190,7 @@ def test_the_last_file_may_be_of_any_format(tmp_path):
     assert run.finished and run.path("groups.jsonl").read_bytes() == b"{}\n"
 
 
-def test_what_a_finished_run_has_made_is_read_by_nobody_once_it_has_changed(tmp_path):
+def test_a_changed_file_of_a_finished_run_is_refused(tmp_path):
     with Run(tmp_path, SETTINGS, PARENTS) as run:
         run.log({"step": 0})
         save_json(run.path("result.json"), {"kl": 1.5})
@@ -210,13 +210,13 @@ def test_what_a_finished_run_has_made_is_read_by_nobody_once_it_has_changed(tmp_
             with pytest.raises(UserError, match=f"cannot read .*{name}"):
                 again.finished
         run.path(name).write_bytes(whole)
-    run.path("samples.txt").write_text("a note beside it is nobody's harm")
+    run.path("samples.txt").write_text("no later stage reads this file, so it may change")
     assert Run(tmp_path, SETTINGS, PARENTS).finished
 
 
-def test_a_folder_in_which_nothing_was_made_binds_nobody(tmp_path):
+def test_a_folder_without_a_checkpoint_can_be_used_with_other_settings(tmp_path):
     with Run(tmp_path, SETTINGS, PARENTS) as run:
-        run.log({"step": 0})  # and it fails before its first checkpoint
+        run.log({"step": 0})  # the run ends before its first checkpoint
     other = Run(tmp_path, {"beta": 0.5}, {"sft": "bbbb"})
     assert not other.finished
     with other:
@@ -243,7 +243,7 @@ def test_another_identity_is_refused_and_never_overwritten(
         if finish:
             run.finish({})
     before, other = contents(run.folder), Run(tmp_path / "run", settings, parents)
-    for _ in range(2):  # the lock is given back after a refusal
+    for _ in range(2):  # twice, because the first refusal must release the lock
         with pytest.raises(UserError, match=message):
             other.finished
         with pytest.raises(UserError, match=message), other:
@@ -280,10 +280,10 @@ def test_the_second_process_refuses_until_the_first_is_dead(tmp_path):
     try:
         with pytest.raises(UserError, match="run is in use by another process: wait for it"), run:
             pass
-        assert not run.finished, "looking needs no lock"
+        assert not run.finished, "`finished` needs no lock"
     finally:
         kill(pid)
-    with run:  # at once: the kernel gave the lock back
+    with run:  # at once, because the kernel has released the lock
         assert run.load_checkpoint({}, 1) == 0
 
 
@@ -330,14 +330,14 @@ def parts(seed, width=3):
 def test_load_checkpoint_puts_every_part_back(tmp_path, capsys):
     saved, loaded = parts(0), parts(1)
     with Run(tmp_path, SETTINGS, PARENTS) as run:
-        assert run.load_checkpoint(loaded, 8) == 0, "nothing saved, nothing loaded"
+        assert run.load_checkpoint(loaded, 8) == 0, "there is no checkpoint"
         run.checkpoint(dict(step=5) | {name: part.state_dict() for name, part in saved.items()})
         capsys.readouterr()
         assert run.load_checkpoint(loaded, 8) == 5
         assert "going on at step 5 of 8" in capsys.readouterr().out
         for name in saved:
             assert torch.equal(loaded[name].weight, saved[name].weight), name
-        assert run.load_checkpoint(loaded, 5) == 5 and not capsys.readouterr().out, "all is done"
+        assert run.load_checkpoint(loaded, 5) == 5 and not capsys.readouterr().out, "it is done"
 
 
 def test_load_checkpoint_refuses_what_does_not_fit(tmp_path):
@@ -354,7 +354,7 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_what_does_not_fit_the_memory_is_no_damage(tmp_path, error):
+def test_a_lack_of_memory_is_not_reported_as_a_damaged_file(tmp_path, error):
     class Part:
         def load_state_dict(self, state):
             raise error
@@ -366,7 +366,7 @@ def test_what_does_not_fit_the_memory_is_no_damage(tmp_path, error):
 
 
 def compute(folder, pause=0.0, started=lambda: None):
-    """Forty steps of a chaotic map, each logged, a checkpoint after every third."""
+    """Forty steps of a chaotic map. Each step is logged, and every third is a checkpoint."""
     chaos = torch.nn.ParameterDict({"x": torch.tensor(0.3)}).requires_grad_(False)
     with Run(folder, SETTINGS, PARENTS) as run:
         begin = run.load_checkpoint({"chaos": chaos}, 40)
@@ -391,9 +391,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
         compute(killed)
     assert kills > 1, "nothing was killed: the test shows nothing"
     for name in "model.pt", "metrics.jsonl", "config.json":
-        assert file_hash(straight / name) == file_hash(killed / name), f"{name} differs by kills"
+        assert file_hash(straight / name) == file_hash(killed / name), f"{name} differs after kills"
     assert not list(killed.glob(".*.tmp"))
-    # a kill between the two leaves resume.pt beside model.pt, where nobody reads it
+    # a kill after model.pt may leave resume.pt in the folder, where it is not read
     assert not (straight / "resume.pt").exists()
 
 
@@ -430,7 +430,7 @@ sys.exit(main_exit(main))
     ("$PY 2 >&- 2>&-", "", ""),
     ("PYTHONIOENCODING=latin-1 $PY 1", "KL(? ? ?_ref) 0\n", "at the end\n"),
     ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 $PY 1", "KL(? ? ?_ref) 0\n", "at the end\n")])
-def test_a_program_runs_whatever_its_streams_are(tmp_path, shell, out, err):
+def test_a_program_runs_with_closed_or_ascii_streams(tmp_path, shell, out, err):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run(shell.replace("$PY", f"{sys.executable} script.py"), shell=True,
                           cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT)),
@@ -439,13 +439,13 @@ def test_a_program_runs_whatever_its_streams_are(tmp_path, shell, out, err):
     assert (tmp_path / "done").exists()
 
 
-def test_where_nobody_reads_a_program_stops_silently(tmp_path):
+def test_a_program_whose_output_is_not_read_stops_silently(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run(f"{sys.executable} script.py 100000 | head -1; echo ${{PIPESTATUS[0]}}",
                           shell=True, executable="/bin/bash", cwd=tmp_path, encoding="utf-8",
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True)
     assert (done.stdout, done.stderr) == ("KL(π ‖ π_ref) 0\n1\n", "")
-    assert not (tmp_path / "done").exists(), "it was read to the end: the test shows nothing"
+    assert not (tmp_path / "done").exists(), "all output was read: the test shows nothing"
 
 
 PROGRAMS = {"gpt.py": "torch", "dpo.py": "torch", "train.py": "numpy", "data_imdb.py": "numpy",
@@ -454,8 +454,8 @@ PROGRAMS = {"gpt.py": "torch", "dpo.py": "torch", "train.py": "numpy", "data_imd
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_ctrl_c_is_one_sentence_even_while_imports_run(tmp_path, program):
-    """In the import of a package that here takes long; script.py is stopped in its main()."""
+def test_ctrl_c_prints_one_sentence_also_during_imports(tmp_path, program):
+    """The import of a package is made slow. script.py is stopped in its main()."""
     slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)"
     (tmp_path / f"{PROGRAMS[program] or 'slow'}.py").write_text(slow)
     (tmp_path / "script.py").write_text("import sys\nfrom support.runs import main_exit\n"
@@ -470,10 +470,10 @@ def test_ctrl_c_is_one_sentence_even_while_imports_run(tmp_path, program):
     _, err = child.communicate(timeout=30)
     assert err == "\nstopped: run the same command again to go on\n"
     late = program == "script.py"
-    assert child.returncode == (130 if late else -signal.SIGINT), "130 in a shell, too"
+    assert child.returncode == (130 if late else -signal.SIGINT), "a shell shows 130 for both"
 
 
 def test_importing_runs_does_not_import_torch():
     code = "import sys, support.runs; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert done.returncode == 0, "plot_frontier.py must run where torch is not installed"
+    assert done.returncode == 0, "plot_frontier.py must run without torch"

@@ -1,5 +1,5 @@
-"""Laws of support/settings.py: every setting is a flag in one group, and a setting renames the
-stages that it decides and no other. Bad values are rows of test_mistakes.py."""
+"""Laws of support/settings.py: every setting is a flag in one group, and it changes the folder's
+name of the stages that depend on it, and of no other. Bad values are rows of test_mistakes.py."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def group(f) -> str:
 
 
 def other_value(f):
-    """Some value that the field does not have by default."""
+    """A value that is not the field's default."""
     choices = f.metadata["choices"]
     if choices:
         return next(c for c in choices if c != f.default)
@@ -50,7 +50,7 @@ def test_every_field_is_a_flag(f, tmp_path, monkeypatch):
     *_, cfg = parse(["--preset", "toy", *given], cuda=False)
     assert getattr(cfg, f.name) == value and type(getattr(cfg, f.name)) is f.type
     also = {"groups": "a.jsonl"} if f.name == "reference" else {}
-    assert cfg == replace(TOY, **{f.name: value}, **also), f"{flag} changes more than it says"
+    assert cfg == replace(TOY, **{f.name: value}, **also), f"{flag} changes another setting"
 
 
 @pytest.mark.parametrize("stage", SETTINGS_OF)
@@ -71,7 +71,7 @@ def test_help_shows_the_flags_that_the_stage_depends_on(stage, monkeypatch):
             assert found.start() > places[group(f)], f"{f.name} is not under {group(f)}"
             following = [places[g] for g in there if places[g] > places[group(f)]]
             assert found.start() < min(following, default=len(result.out)), f.name
-    assert all(name in result.out for name in SETTINGS_OF), "a stage that nobody hears of"
+    assert all(name in result.out for name in SETTINGS_OF), "--help must name every stage"
 
 
 def test_every_field_says_what_it_is_for():
@@ -80,7 +80,7 @@ def test_every_field_says_what_it_is_for():
 
 
 def test_the_preset_is_chosen_by_the_device_and_says_so():
-    assert parse([], cuda=True)[:3] == ("dpo", "imdb", "CUDA is here")
+    assert parse([], cuda=True)[:3] == ("dpo", "imdb", "the default with CUDA")
     assert parse(["--device", "cpu"], cuda=True)[1] == "toy"
     stage, preset, reason, cfg = parse([], cuda=False)
     assert (stage, preset, cfg) == ("dpo", "toy", TOY) and "CUDA" in reason
@@ -89,11 +89,12 @@ def test_the_preset_is_chosen_by_the_device_and_says_so():
         assert got == ("sft", name, "--preset", PRESETS[name])
 
 
-def test_the_stage_is_known_before_the_rest_is_read():
-    """train.py hands a stage of experiments/ over before it looks at any other flag."""
+def test_the_stage_is_known_before_the_other_flags_are_read():
+    """train.py starts `python -m experiments` for a stage of experiments/ and reads no other flag.
+    """
     assert stage_of([]) == "dpo" and stage_of(["--no-such-flag", "--stage", "ppo"]) == "ppo"
     for stage in OTHER_LOSSES:
-        assert parse(["--stage", stage], cuda=False)[3].loss == stage, "dpo with another loss"
+        assert parse(["--stage", stage], cuda=False)[3].loss == stage, "dpo with a loss"
 
 
 # ------------------------------------------------------------------------------ presets
@@ -125,11 +126,11 @@ def test_groups_and_stages_agree():
     assert {group(f) for f in fields(Settings)} == set(GROUPS), "a group without title or setting"
     assert SETTINGS_OF.keys() == train.STAGES.keys()
     used = {g for groups in SETTINGS_OF.values() for g in groups}
-    assert used == set(GROUPS) - {"run"}, "a group that decides nothing, or `run` that does"
+    assert used == set(GROUPS) - {"run"}, "every group except `run` decides a stage"
 
 
 @FIELDS
-def test_a_setting_moves_the_stages_of_its_group_only(f):
+def test_a_setting_renames_only_the_stages_of_its_group(f):
     cfg = changed(f)
     for stage, groups in SETTINGS_OF.items():
         same = settings_of(cfg, groups) == settings_of(TOY, groups), \
@@ -162,11 +163,11 @@ def test_a_run_name_is_a_folder_name():
     everything = Settings(**{f.name: other_value(f) for f in fields(Settings)})
     long, longer = (run_name(replace(everything, dpo_lr=lr), TOY, SETTINGS_OF["dpo"])
                     for lr in (0.5, 0.75))
-    assert len("unlikelihood" + long) < 256, "more than a file system's name holds"
-    assert long != longer, "two long names share a folder"
+    assert len("unlikelihood" + long) < 256, "too long for a file system"
+    assert long != longer, "two long names are equal"
 
 
-def test_what_a_user_gave_is_a_parent_of_the_stages_that_read_it(tmp_path):
+def test_a_users_file_is_a_parent_of_the_stages_that_read_it(tmp_path):
     run = ["run/model.pt", "run/bpe.tiktoken"]
     hf = ["hf/config.json", "hf/model-1-of-2.safetensors", "hf/model-2-of-2.safetensors",
           "hf/model.safetensors.index.json", "hf/vocab.json", "hf/merges.txt", "hf/tokenizer.json"]
@@ -190,10 +191,10 @@ def test_what_a_user_gave_is_a_parent_of_the_stages_that_read_it(tmp_path):
         files = wanted.get(stage, [])
         assert hashes(cfg, stage) == {name: file_hash(tmp_path / name) for name in files}, stage
         assert hashes(judged, stage).keys() == {*bin} if stage in ("groups", "judge") else \
-            not hashes(judged, stage), "who judges decides the groups"
+            not hashes(judged, stage), "r* decides the groups"
         given_groups = hashes(replace(judged, groups=cfg.groups), stage).keys()
         assert given_groups & {*bin} == ({*bin} if stage == "judge" else set())
-        assert user_files(TOY, stage) == {}, "nothing was given"
+        assert user_files(TOY, stage) == {}, "the user gave no file"
         assert user_files(PRESETS["gpt2-large"], stage) == (
             {"gpt2-large": ""} if stage in ("sft", "chosen") else {}), "names, not files"
 
@@ -203,10 +204,10 @@ def test_what_a_user_gave_is_a_parent_of_the_stages_that_read_it(tmp_path):
 
 NUMBERS = pytest.mark.parametrize("f", [f for f in fields(Settings) if f.type in (int, float)],
                                   ids=lambda f: f.name)
-WANTED = {  # what somebody may type on the largest machine there is, and with the smallest model
+WANTED = {  # the range that must be allowed: from the smallest model to the largest machine
     **dict.fromkeys("n_layer n_head".split(), (1, 200)), "n_embd": (1, 16_384),
     "n_ctx": (10, 65_536), "reward_ctx": (16, 65_536), "max_new_tokens": (1, 32_768),
-    "num_completions": (2, 512), "dropout": (0, 0.9),
+    "num_completions": (2, 512), "dropout": (0, 0.9), "label_noise": (0, 0.5),
     **dict.fromkeys("optimum_samples best_of".split(), (2, 65_536)),
     **dict.fromkeys("prompts eval_prompts valid_prompts ppo_rollouts".split(), (10, 10**7)),
     **dict.fromkeys("reviews sft_batch reward_batch rm_batch".split(), (64, 10**7)),
@@ -221,7 +222,7 @@ STEPS = (1, 10**9)
 
 
 @NUMBERS
-def test_a_number_that_cannot_be_meant_is_refused_and_no_other(f):
+def test_senseless_numbers_are_refused_and_useful_numbers_are_not(f):
     flag = "--" + f.name.replace("_", "-")
     for text in ["0", "-1", str(10**18), str(10**23), *["nan", "inf", "-inf", "1e300", "-1e300",
                                                          "1e-300", "1e999"] * (f.type is float)]:
@@ -230,9 +231,9 @@ def test_a_number_that_cannot_be_meant_is_refused_and_no_other(f):
         except UserError as error:
             assert f"{flag} is {f.type(text)}; it must be from" in str(error)
             continue
-        large = f.name.endswith("_lr") and value <= 1e38  # training says itself that it diverges
+        large = f.name.endswith("_lr") and value <= 1e38  # training will report that it diverges
         assert value in (0, 1e-300) or large, f"{flag} {text} passes"
-        assert f.name not in ("beta", "label_scale"), "float32 takes it for 0, and divides by it"
+        assert f.name not in ("beta", "label_scale"), "float32 rounds it to 0 and divides by it"
     for value in WANTED.get(f.name, STEPS):
         check(replace(TOY, **{f.name: f.type(value)}, **{"n_embd": dict(n_head=1), "n_head": dict(
             n_embd=200)}.get(f.name, {})))
@@ -247,13 +248,13 @@ def test_a_name_that_no_file_can_have_is_refused(f):
     assert getattr(parse(["--preset", "gpt2", "--init", ""], False)[3], "init") == "", "the default"
 
 
-def test_a_model_that_no_machine_holds_is_refused_at_once(monkeypatch):
-    """The number of parameters is GPT's own, but for biases and norms; memory is 16 bytes each."""
+def test_a_model_larger_than_the_memory_is_refused_at_once(monkeypatch):
+    """The number of parameters is that of GPT without biases and norms, with 16 bytes for each."""
     pages, memory = dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=2**23), 2**35
     monkeypatch.setattr(os, "sysconf", pages.get)
     with pytest.raises(UserError, match="--n-layer") as caught:
         parse("--preset toy --n-embd 16384 --n-layer 200".split(), False)
-    said = re.search(r"of ([\d,]+) parameters needs about ([\d,]+) GB.* has ([\d,]+) GB",
+    said = re.search(r"([\d,]+) parameters need about ([\d,]+) GB.* has ([\d,]+) GB",
                      str(caught.value))
     n, needed, has = (int(x.replace(",", "")) for x in said.groups())
     with torch.device("meta"):
@@ -262,7 +263,7 @@ def test_a_model_that_no_machine_holds_is_refused_at_once(monkeypatch):
     assert needed == round(16 * n / 1e9) and has == round(memory / 1e9)
     for layers, cuda in ((0.9, False), (1.1, False), (3.6, True), (4.4, True)):
         argv = f"--preset toy --n-embd 4096 --n-layer {layers * memory / 16 / 12 / 4096**2:.0f}"
-        if layers in (0.9, 3.6):  # a GPU's gradients and moments are not the CPU's
+        if layers in (0.9, 3.6):  # with CUDA, gradients and moments are not in the CPU's memory
             parse(argv.split(), cuda)
         else:
             with pytest.raises(UserError, match="machine"):

@@ -1,6 +1,6 @@
 """Laws of experiments/sweep.py: the plan, many runs at once, and frontier.jsonl.
 
-Two steps per run: the tests ask for bookkeeping, not for quality.
+Each run has two steps: the tests check which runs and points there are, not how good they are.
 """
 
 import fcntl
@@ -46,7 +46,7 @@ def job_of(out: Path, data: Path, *flags) -> Job:
 # ------------------------------------------------------------------------------ the plan
 
 
-def test_figure_2_is_complete():
+def test_the_plan_has_every_run_of_figure_2():
     cfg = replace(TOY, seeds=2)
     runs = finals(cfg, {name: 1e-3 for name in methods_of(cfg)})
     betas = {p.cfg.beta for p in runs if p.method == "dpo"}
@@ -55,25 +55,25 @@ def test_figure_2_is_complete():
     assert {p.cfg.ppo_target for p in runs if p.method == "ppo"} == {0.5, 1, 2, 3}
     seeds = {p.method: {q.cfg.run_seed for q in runs if q.method == p.method} for p in runs}
     assert seeds == {"dpo": {0, 1}, "unlikelihood": {0, 1}, "ppo": {0, 1}, "ppo-gt": {0, 1},
-                     "preferred-ft": {0, 1, 2}}, "Preferred-FT has no setting but its seed"
+                     "preferred-ft": {0, 1, 2}}, "Preferred-FT has only its seed as a setting"
 
 
-def test_a_candidate_at_the_chosen_rate_is_a_run_of_the_figure():
+def test_a_candidate_at_the_chosen_rate_is_also_a_final_run():
     methods, first = methods_of(TOY), list(tried(TOY).values())
     chosen = {name: float(f"{getattr(TOY, m.rate) * m.multiples[1]:.3g}")
               for name, m in methods.items()}
     both = [p for p in finals(TOY, chosen) if p in first]
-    assert len(both) == len(methods), "one per method, which is not run twice"
+    assert len(both) == len(methods), "one per method is not run twice"
 
 
-def test_every_setting_takes_the_rate_that_was_chosen_for_its_method():
+def test_every_setting_is_run_at_the_rate_chosen_for_its_method():
     for cfg in (replace(TOY, label_dial=True, rankings=True, online=True), IMDB):
         chosen = {name: getattr(cfg, m.rate) for name, m in methods_of(cfg).items()}
         for p in finals(cfg, chosen):
             assert p.rate == getattr(p.cfg, methods_of(cfg)[p.method].rate) == chosen[p.method]
 
 
-def test_runs_that_choose_a_rate_are_judged_on_validation_prompts_others_are_not():
+def test_only_runs_that_choose_a_rate_are_evaluated_on_validation_prompts():
     assert all(p.cfg.valid_samples == 8 for p in tried(TOY).values())
     chosen = {name: float(f"{getattr(TOY, m.rate) * m.multiples[1]:.3g}")
               for name, m in methods_of(TOY).items()}
@@ -83,7 +83,7 @@ def test_runs_that_choose_a_rate_are_judged_on_validation_prompts_others_are_not
 
 
 @pytest.mark.parametrize("flags", ["--loss plackett-luce", "--labels soft", "--weight constant"])
-def test_each_method_has_its_own_loss_and_labels_whatever_the_flags(flags):
+def test_flags_do_not_change_the_loss_and_labels_of_a_method(flags):
     _, _, _, cfg = parse(["--preset", "toy", "--rankings", "--label-dial", *flags.split()], False)
     wanted = {"dpo": ("pairwise", "hard"), "plackett-luce": ("plackett-luce", "hard"),
               "dpo-soft": ("pairwise", "soft"), "dpo-sampled": ("pairwise", "sampled")}
@@ -131,7 +131,7 @@ def test_every_run_of_the_plan_has_its_points(points):
     for method, m in few_methods(TOY).items():
         assert {(method, s, seed) for s in m.settings for seed in range(m.seeds)} <= found
         others = {s for name, s, _ in found if name == method and "rate=" in s}
-        assert len(others) == len(m.multiples) - 1, "also those at rates that were not chosen"
+        assert len(others) == len(m.multiples) - 1, "the runs at the other rates, too"
     assert {("sft", "", 0), ("best-of-n", "N=16", 0), ("best-of-n-learned", "N=4", 0),
             ("best-of-n-implicit", "N=16", 0)} <= found
     for ideal in ("optimum", "score-tilt"):
@@ -146,10 +146,23 @@ def test_every_point_has_every_key_and_the_same_prompts(points):
         if p["method"] == "best-of-n":
             assert p["kl"] == pytest.approx(best_of_kl(int(p["setting"][2:])))
     sft = next(p for p in points if p["method"] == "sft" and p["temperature"] == 1)
-    assert sft["kl"] == 0 and sft["win"] == 0.5 and sft["step"] == 0, "π_ref ties with itself"
+    assert sft["kl"] == 0 and sft["win"] == 0.5 and sft["step"] == 0, "equal policies"
 
 
-def test_points_come_at_regular_steps_and_costs_only_grow(points):
+def test_a_win_is_over_a_sample_of_pi_ref_of_another_seed(chain, swept, points):
+    """Of one seed, a policy's sample and π_ref's would be alike, and often equal."""
+    evaluated = job_of(swept, chain.data).reference_eval["point"]["rewards"]
+    others = load_tensors(folder(swept, "best-of-n") / "samples.pt")["rewards"][:, 0].numpy()
+    assert not np.allclose(evaluated, others, atol=1e-4)
+    for p in points:
+        if p["method"] in ("dpo", "ppo", "preferred-ft", "sft") and (p["method"], p["kl"]) != (
+                "sft", 0):
+            win = np.mean([0.5 + 0.5 * np.sign(round(a - b, 4))
+                           for a, b in zip(p["rewards"], others)])
+            assert p["win"] == pytest.approx(win), (p["method"], p["temperature"])
+
+
+def test_points_come_at_regular_steps_and_costs_never_fall(points):
     runs = {}
     for p in points:
         if p["method"] in methods_of(TOY) and p["temperature"] == 1:
@@ -164,7 +177,7 @@ def test_points_come_at_regular_steps_and_costs_only_grow(points):
     assert (ppo_gt, ppo - dpo) == (8, 8), "PPO with r* needs no completions of π_ref"
 
 
-def test_a_rate_is_the_best_of_those_tried_on_validation_prompts(chain, swept, few):
+def test_the_chosen_rate_has_the_largest_share_on_validation_prompts(chain, swept, few):
     job = job_of(swept, chain.data)
     table = tried_rates(job)
     assert table == json.loads((folder(swept, "frontier") / "rates.json").read_text())
@@ -176,7 +189,7 @@ def test_a_rate_is_the_best_of_those_tried_on_validation_prompts(chain, swept, f
     assert not valid & test
 
 
-def test_temperatures_are_those_of_the_run_at_which_the_rate_was_chosen(chain, swept, few, points):
+def test_other_temperatures_are_measured_on_the_run_that_chose_the_rate(chain, swept, few, points):
     job = job_of(swept, chain.data)
     cold = {(p["method"], p["temperature"]): p for p in points if p["temperature"] != 1}
     assert len(cold) == sum(p["temperature"] != 1 for p in points) == 5 * 4
@@ -185,7 +198,7 @@ def test_temperatures_are_those_of_the_run_at_which_the_rate_was_chosen(chain, s
             p = cold[method, t]
             central = few_methods(job.cfg)[method].central
             assert (p["setting"], p["seed"], p["step"]) == (central, 0, 2)
-    assert cold["sft", 0]["rewards"] == cold["best-of-n-learned", 0]["rewards"], "all N are equal"
+    assert cold["sft", 0]["rewards"] == cold["best-of-n-learned", 0]["rewards"], "N equal samples"
 
 
 def test_best_of_n_by_the_implicit_reward_is_that_of_the_dpo_run(chain, swept, few, points):
@@ -204,10 +217,10 @@ def test_best_of_n_by_the_implicit_reward_is_that_of_the_dpo_run(chain, swept, f
     best = state["rewards"][torch.arange(8), implicit.argmax(1)]
     point, = [p for p in points if (p["method"], p["setting"]) == ("best-of-n-implicit", "N=16")]
     np.testing.assert_allclose(point["rewards"], best.numpy(), atol=1e-4)
-    assert sweep.implicit_rewards(job, [], state) is None, "every rate of DPO diverged"
+    assert sweep.implicit_rewards(job, [], state) is None, "there is no DPO run"
 
 
-def test_a_finished_run_is_never_made_again(chain, swept, few, tmp_path):
+def test_a_finished_run_is_not_made_again(chain, swept, few, tmp_path):
     out = shutil.copytree(swept, tmp_path / "out")
     shutil.rmtree(folder(out, "frontier"))
 
@@ -269,8 +282,8 @@ def send(number: int):
     return lambda workers: [os.kill(worker.pid, number) for worker in workers]
 
 
-def test_a_worker_makes_the_run_that_this_process_makes(job):
-    """Also where Ctrl-C reaches it: a worker ignores it, while it starts as well."""
+def test_a_worker_makes_the_same_run_as_this_process(job):
+    """Even if Ctrl-C reaches the worker: it ignores Ctrl-C, also while it starts."""
     ended, run = [], two_runs(job)[0]
     with_workers(send(signal.SIGINT), 1)
     (name, made), = run_parallel(job, [[run]], 2, lambda *a: ended.append(a)).items()
@@ -280,8 +293,8 @@ def test_a_worker_makes_the_run_that_this_process_makes(job):
     assert run_parallel(job, [[run]], 1, lambda *a: None) == {name: made}
 
 
-def test_a_worker_makes_many_runs_and_reads_what_they_share_once(job):
-    """After its first run the groups are gone: reading them again would make them again."""
+def test_a_worker_reads_what_its_runs_share_only_once(job):
+    """After the first run the groups are deleted. Reading them again would make them again."""
     (first, second), workers, groups = two_runs(job), [], job.folder("groups")
 
     def batches():
@@ -293,7 +306,7 @@ def test_a_worker_makes_many_runs_and_reads_what_they_share_once(job):
         [worker.pid for worker in multiprocessing.active_children()]))
     assert len(made) == 2 and not groups.exists()
     assert len(workers[0]) == 1 and workers[0] == workers[1]
-    assert not multiprocessing.active_children(), "a worker outlives the sweep"
+    assert not multiprocessing.active_children(), "a worker still runs after the sweep"
 
 
 def test_finished_runs_start_no_process(job, monkeypatch):
@@ -316,7 +329,7 @@ def test_workers_take_the_gpus_in_turn(monkeypatch):
     assert taken == [0, 1, 0, 1, 0]
 
 
-def test_four_small_runs_share_a_gpu_and_a_large_one_has_its_own(job, monkeypatch):
+def test_four_small_runs_share_a_gpu_and_a_large_run_has_one_alone(job, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(sweep, "run_parallel", lambda job, batches, jobs, done: asked.append(jobs))
@@ -345,8 +358,8 @@ def test_ctrl_c_and_a_killed_worker_end_the_sweep_and_its_workers(job, signal_se
     code, text = in_child(work)
     assert code == 3 and "[]" in text and "Traceback" not in text, text
     assert signal_sent == signal.SIGINT or "--jobs" in text
-    assert not any(finished(job, *run) for run in two_runs(job)), "a worker went on"
-    assert len(run_parallel(job, [two_runs(job)], 1, lambda *a: None)) == 2, "it goes on afterwards"
+    assert not any(finished(job, *run) for run in two_runs(job)), "a worker finished its run"
+    assert len(run_parallel(job, [two_runs(job)], 1, lambda *a: None)) == 2, "it continues"
 
 
 def test_a_killed_sweep_leaves_no_worker_behind(job, tmp_path):
@@ -356,7 +369,7 @@ def test_a_killed_sweep_leaves_no_worker_behind(job, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)  # a worker that lives on would keep our pipe open
+        os.dup2(null, 1), os.dup2(null, 2)  # else a living worker keeps our pipe open
         with_workers(die, 1)
         run_parallel(job, [two_runs(job)[:1]], 2, lambda *a: None)
 
@@ -367,17 +380,17 @@ def test_a_killed_sweep_leaves_no_worker_behind(job, tmp_path):
     while stat.exists() and " Z " not in stat.read_text():
         if time.monotonic() > until:
             os.kill(pid, signal.SIGKILL)
-            pytest.fail("the worker lives on")
+            pytest.fail("the worker still runs")
         time.sleep(0.05)
 
 
 def test_runs_that_diverge_are_left_out_and_named(job, monkeypatch, capsys):
-    """A candidate at an absurd rate, and a setting whose loss overflows."""
+    """One candidate has a rate that is far too large, and one setting has a loss that overflows."""
     one = methods_of(TOY)["unlikelihood"]._replace(multiples=(1.0, 1e36), settings={
         f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.5, 1e39)})
     monkeypatch.setattr(sweep, "methods_of", lambda cfg: {"unlikelihood": one})
     hashes = make_runs(job)
-    assert len(hashes) == 3, "rm, best-of-n and one candidate, which is also a run of the figure"
+    assert len(hashes) == 3, "rm, best-of-n and one candidate, which is also a final run"
     text = capsys.readouterr().out
     assert "2 runs diverged and are left out: unlikelihood alpha=0.5" in text
     assert "unlikelihood alpha=1e+39" in text and "5 of 5 runs" in text
@@ -390,7 +403,7 @@ def test_a_reward_model_that_diverges_ends_the_sweep(chain, copied):
         make_runs(job)
 
 
-def test_divergence_is_reported_and_any_other_error_raised(job):
+def test_divergence_is_reported_and_any_other_error_is_raised(job):
     wanted, ended = two_runs(job), []
     wanted[0] = "dpo", replace(wanted[0][1], dpo_lr=1e36, dpo_warmup=0, eval_every=2)
     hashes = run_parallel(job, [wanted], 1, lambda *a: ended.append(a[2]))

@@ -1,6 +1,7 @@
 """Laws of Section 5 (experiments/theory.py): `pytest -v -k lemma1` shows Lemma 1 working.
 
-Each law is checked where it must hold, for r + f(x), and where it must not, for another class.
+Each law is checked for r + f(x), where it must hold, and for a reward of another class, where it
+must fail.
 """
 
 import math
@@ -30,33 +31,33 @@ def world():
     return dpo.World()
 
 
-def test_def1_gap_is_zero_for_a_shift_by_prompt_and_for_nothing_else(world):
+def test_def1_gap_is_zero_only_for_a_shift_by_a_function_of_the_prompt(world):
     f = world.randn(3, 1)
     near(theory.class_gap(world.r, world.r + f), 0.0, "r + f(x) is equivalent to r")
     assert (theory.class_gap(world.r, 2 * world.r) > 0.1).all(), "2 r is not"
-    one = world.r.clone()
-    one[0, 0] += 0.5
-    near(theory.class_gap(world.r, one), torch.tensor([0.5, 0, 0]), "one y of one prompt")
+    changed = world.r.clone()
+    changed[0, 0] += 0.5
+    near(theory.class_gap(world.r, changed), torch.tensor([0.5, 0, 0]), "one y of one prompt")
 
 
-def test_lemma1_equivalent_rewards_prefer_alike_and_others_do_not(world):
+def test_lemma1_only_equivalent_rewards_have_equal_preferences(world):
     f = world.randn(3, 1)
     near(theory.preference_gap(world.r, world.r + f), 0.0, "same class, same preferences")
-    assert (theory.preference_gap(world.r, 2 * world.r) > 1e-2).all(), "another class, others"
+    assert (theory.preference_gap(world.r, 2 * world.r) > 1e-2).all(), "another class"
 
 
-def test_lemma1_equivalent_rewards_rank_alike_and_others_do_not(world):
+def test_lemma1_only_equivalent_rewards_have_equal_rankings(world):
     """Eq. 18 over all orders of 4 completions."""
     def rankings(r):
         return torch.stack([dpo.ranking_logps(r[:, :4], order.expand(3, 4))[0].exp()
                             for order in theory.ORDERS])  # (4!, P)
 
-    near(rankings(world.r).sum(0), 1.0, "each order once")
+    near(rankings(world.r).sum(0), 1.0, "p of all orders sums to 1")
     near(rankings(world.r + world.randn(3, 1)), rankings(world.r), "same class, same rankings")
     assert ((rankings(2 * world.r) - rankings(world.r)).abs().amax(0) > 1e-2).all()
 
 
-def test_lemma2_equivalent_rewards_have_one_optimum_and_others_do_not(world):
+def test_lemma2_only_equivalent_rewards_have_equal_optima(world):
     f = world.randn(3, 1)
     near(theory.optimum_gap(world.ref, world.r, world.r + f, BETA), 0.0, "same class, same optimum")
     assert (theory.optimum_gap(world.ref, world.r, 2 * world.r, BETA) > 1e-2).all()
@@ -67,21 +68,22 @@ def test_theorem1_every_class_has_a_member_that_a_policy_represents(world):
         member = theory.class_member(world.ref, scale * world.r, BETA)
         near(theory.class_gap(member, scale * world.r), 0.0, "the member is in the class", 1e-11)
         policy = world.ref + member / BETA
-        near(policy.exp().sum(-1), 1.0, "and β log π/π_ref of a π that sums to 1")
+        near(policy.exp().sum(-1), 1.0, "it is β log π/π_ref of a π that sums to 1")
 
 
 def test_theorem1_fails_where_the_reference_never_samples_a_completion(world):
-    """Two rewards that differ there alone are of two classes, and have one optimum."""
-    other, never, hardly = world.r.clone(), world.ref.clone(), world.ref.clone()
-    other[:, 0], never[:, 0], hardly[:, 0] = world.r[:, 0] + 1, -math.inf, math.log(1e-6)
+    """Two rewards that differ only in that completion: they are in two classes, but have the same
+    optimum."""
+    other, zero, small = world.r.clone(), world.ref.clone(), world.ref.clone()
+    other[:, 0], zero[:, 0], small[:, 0] = world.r[:, 0] + 1, -math.inf, math.log(1e-6)
     assert (theory.class_gap(world.r, other) > 0.9).all() and \
-        (theory.optimum_gap(hardly, world.r, other, BETA) > 0).all(), "two classes, two optima"
-    near(theory.optimum_gap(never, world.r, other, BETA), 0.0, "one optimum")
-    member = theory.class_member(never, world.r, BETA)
+        (theory.optimum_gap(small, world.r, other, BETA) > 0).all(), "two classes, two optima"
+    near(theory.optimum_gap(zero, world.r, other, BETA), 0.0, "one optimum")
+    member = theory.class_member(zero, world.r, BETA)
     assert member[:, 0].isnan().all() and member[:, 1:].isfinite().all(), "no member there"
 
 
-def test_eq08_projects_once_and_stays_in_the_class(world):
+def test_eq08_a_projection_stays_in_the_class_and_a_second_one_changes_nothing(world):
     once = theory.project_reward(world.ref, world.r, BETA)
     near(theory.class_gap(once, world.r), 0.0, "f(r) ~ r")
     near(theory.project_reward(world.ref, once, BETA), once, "a second projection changes nothing")
@@ -94,18 +96,18 @@ def test_eq09_holds_for_the_projection_and_for_no_other_member(world):
     near(theory.normaliser(world.ref, once + 0.3, BETA), math.exp(0.3 / BETA), "not when shifted")
 
 
-def test_prop1_a_class_has_one_projection_and_two_classes_two(world):
+def test_prop1_a_class_has_one_projection_and_two_classes_have_two(world):
     f = world.randn(3, 1)
     near(theory.uniqueness_gap(world.ref, world.r, world.r + f, BETA), 0.0, "one per class")
     assert (theory.uniqueness_gap(world.ref, world.r, 2 * world.r, BETA) > 0.1).all()
 
 
-def test_eq10_mean_is_eq03_less_the_soft_value_and_at_pi_r_it_is_zero_for_every_y(world):
+def test_eq10_mean_is_eq03_minus_the_soft_value_and_at_pi_r_it_is_zero_for_every_y(world):
     soft = BETA * dpo.log_partition(world.ref, world.r, BETA)
     pi = world.randn(3, 16).log_softmax(-1)
     bracket = theory.soft_advantage(pi, world.ref, world.r, BETA, soft[:, None])
     near((pi.exp() * bracket).sum(-1), dpo.objective(pi, world.ref, world.r, BETA) - soft,
-         "its mean is Eq. 3 less a function of x")
+         "its mean is Eq. 3 minus a function of x")
     best = dpo.optimal_policy(world.ref, world.r, BETA)
     near(theory.soft_advantage(best, world.ref, world.r, BETA, soft[:, None]), 0.0,
          "at π_r it is 0 for every y, so it has no variance")
@@ -135,7 +137,7 @@ def test_each_equation_opens_one_function_and_has_one_hit():
         assert doc.startswith(f"{equation} · "), f"{name} must open with {equation}"
 
 
-MUTANTS = {  # a plausible wrong form of every equation, which the rows must notice
+MUTANTS = {  # a plausible wrong form of every equation; the rows must detect it
     "Definition 1": (theory, "class_gap", lambda a, b: (a - b).abs().amax(-1)),
     "Lemma 1": (theory, "preference_gap", lambda a, b: (a - b).abs().amax(-1)),
     "Lemma 2": (theory, "optimum_gap",
@@ -154,11 +156,11 @@ MUTANTS = {  # a plausible wrong form of every equation, which the rows must not
 
 
 @pytest.mark.parametrize("equation", MUTANTS)
-def test_checks_notice_a_wrong_equation(monkeypatch, equation):
+def test_checks_detect_a_wrong_equation(monkeypatch, equation):
     monkeypatch.setattr(*MUTANTS[equation])
     rows = [*theory.section5_rows(dpo.World()), *theory.ranking_rows(dpo.World())]
     assert any(tolerance is not None and not residual <= tolerance
-               for _, _, residual, tolerance in rows), f"a wrong {equation} went unnoticed"
+               for _, _, residual, tolerance in rows), f"no row detects a wrong {equation}"
 
 
 def test_checks_of_section_5_and_a3_all_pass_and_draw_the_frontier(tmp_path, capsys):
@@ -167,7 +169,7 @@ def test_checks_of_section_5_and_a3_all_pass_and_draw_the_frontier(tmp_path, cap
     out = capsys.readouterr().out
     rows = {line[:14].strip() for line in out.splitlines() if line.endswith("pass")}
     assert rows == MUTANTS.keys(), f"a row for each equation; missing {MUTANTS.keys() - rows}"
-    assert out.count("no order claimed") == 4, "the variances under four baselines"
+    assert out.count("measured, no claim") == 4, "the variances under four baselines"
     assert figure.read_bytes().startswith(b"\x89PNG") and str(figure) in out
 
 

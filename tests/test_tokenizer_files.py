@@ -1,7 +1,7 @@
-"""Laws of support/tokenizer_files.py: a text has the same ids in tiktoken, in transformers by the
-files that we write, and in tiktoken again by the files that transformers writes.
+"""Laws of support/tokenizer_files.py: a text has the same ids in tiktoken, in transformers with the
+files that we write, and again in tiktoken with the files that transformers writes.
 
-Oracles: OpenAI's own vocab.bpe and encoder.json, and transformers' tokenizers.
+Oracles: OpenAI's vocab.bpe and encoder.json, and the tokenizers of transformers.
 """
 
 import json
@@ -40,7 +40,7 @@ def test_gpt2_s_files_are_openai_s(tmp_path):
 
 @pytest.mark.parametrize("vocab", ["gpt2", 900, 257])
 def test_transformers_gives_tiktoken_s_ids_and_writes_what_we_read(vocab, tmp_path):
-    """Where a text holds <|endoftext|>: its id, or, as encode_ordinary has it, plain text."""
+    """In a text <|endoftext|> is its id, or plain text, as with encode_ordinary."""
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
     enc = encoding(vocab)
     (tmp_path / "ours").mkdir()
@@ -60,7 +60,7 @@ def test_transformers_gives_tiktoken_s_ids_and_writes_what_we_read(vocab, tmp_pa
         assert read_tokenizer(tmp_path / folder) == tokens_of(enc), folder
     theirs.add_tokens(["<|im_end|>", "[PAD]"])
     theirs.save_pretrained(tmp_path / "grown")
-    assert read_tokenizer(tmp_path / "grown") == tokens_of(enc), "what follows <|endoftext|>"
+    assert read_tokenizer(tmp_path / "grown") == tokens_of(enc), "tokens after <|endoftext|>"
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
@@ -103,12 +103,12 @@ def test_files_written_by_hand(files, tmp_path):
     assert data_imdb.encoding_of(tokens).encode_ordinary("the th") == [257, 220, 256]
 
 
-ORDER, SPLIT = "ids are not the 256 bytes and then the", "splits texts in another way"
+ORDER, SPLIT = "ids are not the 256 bytes and then the", "not a byte-level BPE that splits texts as"
 
 
 @pytest.mark.parametrize("files, word", [
-    (plain({EOT: 0} | {k: v + 1 for k, v in SMALL.items() if k != EOT}), ORDER),  # of a trainer
-    (plain({"<s>": 0} | {k: v + 1 for k, v in SMALL.items()}), ORDER),  # RoBERTa's
+    (plain({EOT: 0} | {k: v + 1 for k, v in SMALL.items() if k != EOT}), ORDER),  # EOT first
+    (plain({"<s>": 0} | {k: v + 1 for k, v in SMALL.items()}), ORDER),  # as in RoBERTa
     (plain(SMALL | {"th": 257, "the": 256}), ORDER), (plain(merges=MERGES[:1]), ORDER),
     (plain(merges=[*MERGES, "a b"]), ORDER), (plain(merges=["t h", "th o"]), ORDER),
     (plain(SMALL | {EOT: -1}), ORDER), (plain(SMALL | {EOT: 256}), ORDER),

@@ -24,7 +24,7 @@ JUNK = [
 
 @pytest.fixture(scope="module")
 def many() -> list[tuple[str, float]]:
-    """5,000 reviews with the scores that the grammar meant."""
+    """5,000 reviews with their intended scores."""
     rng = random.Random(0)
     return [toy.compose(rng) for _ in range(5000)]
 
@@ -64,7 +64,7 @@ def test_reviews_are_distinct_and_of_the_promised_length(many):
 def test_reward_covers_the_unit_interval(many):
     rewards = [sentiment(text) for text, _ in many]
     mean, sd = statistics.mean(rewards), statistics.stdev(rewards)
-    assert abs(mean - 0.5) < 0.015, f"the pools mirror each other, yet mean r* = {mean:.3f}"
+    assert abs(mean - 0.5) < 0.015, f"the pools are symmetric, but mean r* = {mean:.3f}"
     assert 0.32 < sd < 0.35, f"sd of r* is {sd:.3f}"
     for i in range(10):
         share = sum(int(10 * r) == i for r in rewards) / len(rewards)
@@ -87,7 +87,7 @@ def test_an_all_positive_review_is_near_one():
 
 
 def signs(text: str) -> list[int]:
-    """+1 or -1 of each sentence that judges."""
+    """+1 or -1 for each sentence with a score."""
     return [1 if worth > 0 else -1 for worth in map(score, toy.SENTENCE.findall(text)) if worth]
 
 
@@ -100,7 +100,7 @@ def test_sentences_of_a_review_mostly_agree(many):
 
 
 def test_a_closer_has_the_sign_of_the_review():
-    """The leaning decides a closer alone, so of long reviews it follows the majority before it."""
+    """A closer agrees with most sentences before it, because one p decides them all."""
     rng, right = random.Random(1), []
     closer = re.compile(toy.pattern("closer", capital=True))
     for text in (toy.compose(rng)[0] for _ in range(3000)):
@@ -119,12 +119,12 @@ def test_no_review_uses_a_noun_or_a_judgement_twice(many):
         assert not twice, f"{twice} in {text!r}"
 
 
-def test_a_review_that_has_used_every_word_of_a_list_begins_again():
+def test_if_every_word_of_a_list_is_used_words_are_used_again():
     used = set(toy.INTENSIFIERS)
     assert toy.expand("intensifier", 1, random.Random(0), used)[0] in toy.INTENSIFIERS
 
 
-def test_the_first_words_rarely_decide(many):
+def test_the_first_words_rarely_show_the_polarity(many):
     polar = sum(score(" ".join(text.split()[:8])) != 0 for text, _ in many) / len(many)
     assert polar < 0.35, f"{polar:.2f} of the reviews show their polarity within eight words"
 
@@ -148,7 +148,7 @@ def test_lexicon_words_occur_nowhere_else():
     assert not clash, f"polar words that are also titles, names or plots: {clash}"
 
 
-def test_every_polar_phrase_has_one_polar_word_and_a_mirror():
+def test_every_polar_phrase_has_one_polar_word_and_pools_have_equal_size():
     for symbol, pools in toy.POLAR.items():
         assert len(pools[+1]) == len(pools[-1]), f"the pools of {symbol} differ in size"
         for sign, phrases in pools.items():
@@ -169,16 +169,16 @@ def test_modifiers_occur_only_where_a_rule_means_them():
 
 # --- The score ---
 
-def test_score_of_the_text_is_what_the_grammar_meant(many):
-    for text, meant in many:
-        assert score(text) == pytest.approx(meant, abs=1e-9), text
-        assert sentiment(text) == pytest.approx(1 / (1 + math.exp(-toy.KAPPA * meant))), text
+def test_the_score_of_a_text_is_its_intended_score(many):
+    for text, intended in many:
+        assert score(text) == pytest.approx(intended, abs=1e-9), text
+        assert sentiment(text) == pytest.approx(1 / (1 + math.exp(-toy.KAPPA * intended))), text
 
 
 def test_equal_scores_tie_exactly(many):
     values = sorted({score(text) for text, _ in many})
     gap = min(b - a for a, b in zip(values, values[1:]))
-    assert gap > 1e-4, f"two scores differ by {gap}: rounding made a preference of a tie"
+    assert gap > 1e-4, f"two scores differ by {gap}: rounding made a tie a preference"
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -224,7 +224,7 @@ def test_the_other_polarity_has_the_negative_score():
         bad, down = toy.expand(part, -1, random.Random(seed), set())
         assert up == -down and score(good) == -score(bad), (good, bad)
         mixed = "but " in good or "although " in good   # "dreadful, but not dull at all": -0.09
-        assert mixed or up > 0 or good == bad, f"meant to be positive: {good!r}"
+        assert mixed or up > 0 or good == bad, f"intended to be positive: {good!r}"
         assert score(f"{good} {bad}") == 0, (good, bad)
 
 
@@ -237,13 +237,13 @@ def test_every_sentence_of_a_review_is_in_the_language(many):
 
 
 def test_any_polar_word_fits_a_polar_slot(sentences):
-    """Polarity-agnostic: "witty, but superb" is odd, not broken."""
+    """Polarity does not matter: "witty, but superb" is odd, but grammatical."""
     rng = random.Random(0)
     pools = [[w.strip("*") for w in p[+1] + p[-1]] for s, p in toy.POLAR.items()
              if s in ("adjective", "superlative", "verdict")]
-    kin = {w: pool for pool in pools for w in pool}
+    pool_of = {w: pool for pool in pools for w in pool}
     for s in sentences:
-        swapped = re.sub(r"\w+", lambda m: rng.choice(kin.get(m[0], [m[0]])), s)
+        swapped = re.sub(r"\w+", lambda m: rng.choice(pool_of.get(m[0], [m[0]])), s)
         assert grammatical(swapped) == (1, 1), f"{swapped!r}, from {s!r}"
 
 
@@ -254,7 +254,7 @@ def test_shuffled_sentences_are_not_in_the_language(sentences):
         words = s[:-1].split()
         rng.shuffle(words)
         inside += grammatical(" ".join(words) + s[-1])[0]
-    assert inside < 0.03 * len(sentences), f"{inside} of {len(sentences)} survive a shuffle"
+    assert inside < 0.03 * len(sentences), f"{inside} of {len(sentences)} are grammatical"
 
 
 def test_a_truncated_last_sentence_is_not_in_the_language(many):

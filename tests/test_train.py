@@ -1,5 +1,5 @@
-"""Laws of train.py: the loop is the textbook's, however a batch is divided and however often a run
-is stopped; DPO starts at π_θ = π_ref; every number that a stage writes can be computed again."""
+"""Laws of train.py: the loop equals the textbook's formulas, for any division of a batch and any
+number of stops; DPO starts at π_θ = π_ref; all numbers in a stage's files can be computed again."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ CFG = replace(Settings(), device="cpu", precision="fp32", n_ctx=N_CTX, save_secs
 def make_model(dropout=0.0, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(V, N_CTX, 1, 2, 8, dropout)).to(dtype)
-    with torch.no_grad():  # away from the small weights of a start, so that samples differ
+    with torch.no_grad():  # larger than the first weights, so that samples differ
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model
@@ -75,7 +75,7 @@ def make_groups(P=23, K=4, ties=True):
 
 
 def problem(kind, model, cfg=CFG, noise=0.0, groups=None):
-    """batches and loss_fn of a small task of either kind, and what `fit` needs beside them."""
+    """batches and loss_fn of a small task, "lm" or "dpo", and other arguments for `fit`."""
     if kind == "lm":
         return data_imdb.lm_batches(reviews(), N_CTX, 12, cfg.sft_accum, 1), lm_loss, dict(
             steps=6, lr=1e-2, warmup=2, weight_decay=0.1)
@@ -91,7 +91,7 @@ def problem(kind, model, cfg=CFG, noise=0.0, groups=None):
 
 def trained(path, kind, model, cfg=CFG, noise=0.0, groups=None, wrap=lambda batches: batches,
             stage=None, **changes):
-    """The metrics of a fit in `path`, which may have been begun before; `model` is trained."""
+    """Trains `model` with `fit` in `path`, where a run may go on. Returns the metrics."""
     batches, loss_fn, options = problem(kind, model, cfg, noise, groups)
     with Run(path, {}, {}, about=dict(stage=stage or {"lm": "sft"}.get(kind, kind))) as run:
         train.fit(Job("toy", cfg, []), run, model, wrap(batches),
@@ -117,7 +117,7 @@ def weights(model):
 
 
 def by_hand(model, batches, loss_fn, rates, optimizer, weight_decay, grad_clip):
-    """Adam's and RMSprop's own formulas, on the mean over all terms of a step."""
+    """The formulas of Adam and RMSprop, on the mean over all terms of a step."""
     params = list(model.parameters())
     m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
     for t, lr in enumerate(rates, 1):
@@ -145,7 +145,7 @@ COSINE = [0.05 + 0.95 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     ("dpo", "rmsprop", "linear", [1, 3 / 4, 2 / 4, 1 / 4])])
 def test_fit_is_the_optimizer_s_formula_on_the_mean_of_all_terms(
         tmp_path, kind, optimizer, schedule, factors):
-    """With warm-up, clipping, decay of matrices alone, and micro-batches of unequal size."""
+    """With warm-up, clipping, weight decay of matrices only, and micro-batches of unequal size."""
     one, many = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
     batches, loss_fn, _ = problem(kind, one)
     rates = [0.02 * f for f in (1 / 2, 1, *factors)]
@@ -162,7 +162,7 @@ def test_fit_is_the_optimizer_s_formula_on_the_mean_of_all_terms(
 @pytest.mark.parametrize("kind, loss", [("lm", "pairwise"), ("dpo", "pairwise"),
                                         ("dpo", "plackett-luce"), ("dpo", "unlikelihood")])
 def test_accumulation_equals_one_large_batch(tmp_path, kind, loss, accum):
-    """In what is learned and in what is logged."""
+    """The weights and the logs are equal."""
     models, logs = [], []
     for parts in 1, accum:
         models.append(make_model(dtype=torch.float64))
@@ -178,7 +178,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, kind, loss, accum):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["lm", "dpo"])
 def test_half_precision_follows_float32(tmp_path, kind, precision):
-    """In the loss and in the norm of the gradient itself, not of its scaled copy."""
+    """In the loss, and in the norm of the gradient without the scaler's factor."""
     full, half = (trained(tmp_path / p, kind, make_model(), replace(CFG, precision=p), steps=12,
                           grad_clip=0.3) for p in ("fp32", precision))
     assert full[-1]["loss"] < full[0]["loss"], "float32 itself has learned nothing"
@@ -194,7 +194,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_lowers_the_scale(tmp_path):
     def overflowing(model, micro_batch):
         before.append(weights(model))
         loss, log = lm_loss(model, micro_batch)
-        if len(before) == 2:  # a finite loss whose gradient is not
+        if len(before) == 2:  # the loss is finite, its gradient is not
             loss.register_hook(lambda slope: slope * math.inf)
         return loss, log
 
@@ -202,7 +202,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_lowers_the_scale(tmp_path):
         trained(tmp_path, "lm", make_model(), cfg, loss_fn=overflowing, wrap=stops_at(3))
     rows = trained(tmp_path, "lm", make_model(), cfg, loss_fn=overflowing)
     assert [r["grad_norm"] is None for r in rows] == [False, True] + [False] * 4
-    assert torch.equal(before[1], before[2]), "the step that overflowed was taken"
+    assert torch.equal(before[1], before[2]), "the step with the overflow was taken"
     assert load_tensors(tmp_path / "resume.pt")["scaler"]["scale"] == 2**15, "half of 2**16"
 
 
@@ -210,7 +210,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_lowers_the_scale(tmp_path):
     ("lm", "adamw", "fp32"), ("lm", "rmsprop", "bf16"), ("lm", "adamw", "fp16"),
     ("dpo", "rmsprop", "fp32")])
 def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(tmp_path, kind, optimizer, precision):
-    """With dropout, whose draws depend on the step alone. Steps after a checkpoint are repeated."""
+    """Dropout's draws depend on the step only. Steps after the last checkpoint are done again."""
     cfg = replace(CFG, precision=precision, sft_accum=2, dpo_accum=2)
     options, whole = dict(steps=8, optimizer=optimizer), make_model(0.2)
     rows = trained(tmp_path / "whole", kind, whole, cfg, **options)
@@ -220,8 +220,8 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(tmp_path, kind, opt
                     wrap=stops_at(step), **options)
     model = make_model(0.2)
     again = trained(tmp_path / "cut", kind, model, cfg, **options)
-    assert torch.equal(weights(whole), weights(model)), "resuming has changed the weights"
-    assert without_clock(again) == without_clock(rows), "metrics.jsonl tells another story"
+    assert torch.equal(weights(whole), weights(model)), "the weights differ after stops"
+    assert without_clock(again) == without_clock(rows), "metrics.jsonl differs after stops"
     assert [r["step"] for r in again] == list(range(8))
 
 
@@ -236,7 +236,8 @@ def test_checkpoints_come_by_the_clock_and_at_the_end(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage, flag, bad", [
     ("sft", "--sft-lr", "loss"), ("chosen", "--sft-lr", "gradient"),
     ("reward", "--reward-lr", "loss"), ("dpo", "--dpo-lr", "gradient")])
-def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoint(tmp_path, stage, flag, bad):
+def test_a_number_that_is_not_finite_ends_the_run_and_leaves_its_checkpoint(
+        tmp_path, stage, flag, bad):
     steps, cfg, good, never = [], replace(CFG, save_secs=0), make_model(), make_model()
 
     def diverging(model, micro_batch):
@@ -248,7 +249,7 @@ def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoint(tmp_path, sta
 
     with pytest.raises(train.Diverged, match=rf"^{stage}: .*step 3;.* of step 3;.*{flag},.*fp32$"):
         trained(tmp_path, "lm", make_model(), cfg, stage=stage, loss_fn=diverging)
-    trained(tmp_path, "lm", good, stage=stage)  # another try ends as if nothing had been
+    trained(tmp_path, "lm", good, stage=stage)  # it goes on from the checkpoint
     trained(tmp_path / "never", "lm", never, stage=stage)
     assert torch.equal(weights(good), weights(never)), "the bad step reached the checkpoint"
     with pytest.raises(train.Diverged, match="step 0; nothing was saved"):
@@ -259,7 +260,7 @@ def test_what_is_not_finite_ends_the_run_and_leaves_its_checkpoint(tmp_path, sta
 # ------------------------------------------------------------------------------ what is logged
 
 
-def test_every_step_logs_what_a_reader_asks_for(tmp_path):
+def test_every_step_logs_these_numbers(tmp_path):
     for row in (rows := trained(tmp_path, "dpo", make_model())):
         quantiles = [f"weight_{p}" for p in (5, 25, 50, 75, 95)]
         assert row.keys() == {
@@ -279,7 +280,7 @@ def test_every_step_logs_what_a_reader_asks_for(tmp_path):
 @pytest.mark.parametrize("kind, precision, most", [
     ("lm", "fp32", 2), ("dpo", "fp32", 2), ("dpo", "bf16", 2), ("dpo", "fp16", 3)])
 def test_a_step_waits_for_a_gpu(tmp_path, kind, precision, most):
-    """For the number of scored tokens, for the row to log, and in fp16 for the scaler."""
+    """It waits for the number of scored tokens, for the row to log, and in fp16 for the scaler."""
     cfg = replace(CFG, precision=precision)
 
     def waits(steps):
@@ -292,7 +293,7 @@ def test_a_step_waits_for_a_gpu(tmp_path, kind, precision, most):
                       **options | dict(steps=steps))
         return len(found)
 
-    waits(1)  # the first of all measures the machine's speed
+    waits(1)  # the first call also measures the speed of the machine
     assert waits(4) - waits(3) == most
 
 
@@ -307,7 +308,7 @@ def test_summary_is_means_and_quantiles():
 
 def test_evaluations_are_logged_and_leave_training_as_it_was(tmp_path):
     def evaluation(model):
-        torch.rand(7)  # whatever it draws, the next step's dropout is its own
+        torch.rand(7)  # must not change the dropout of the next step
         model.eval()
         return {"score": 1}
 
@@ -316,13 +317,13 @@ def test_evaluations_are_logged_and_leave_training_as_it_was(tmp_path):
     rows = trained(tmp_path / "b", "lm", evaluated, steps=10, evaluation=evaluation,
                    evaluate_every=4)
     assert [r["step"] for r in rows if "eval" in r] == [3, 7, 9], "every fourth, and the last"
-    assert torch.equal(weights(plain), weights(evaluated)), "evaluating has changed the training"
+    assert torch.equal(weights(plain), weights(evaluated)), "an evaluation has changed the training"
     rows = trained(tmp_path / "c", "lm", make_model(), steps=40, evaluation=evaluation)
     assert [r["step"] for r in rows if "eval" in r] == [9, 19, 29, 39], "by default four in all"
 
 
 def test_compile_serves_training_and_not_sampling(tmp_path, monkeypatch):
-    """Traced by torch itself, but without the minute that its code generator takes."""
+    """torch traces the model, but does not generate code, which would take a minute."""
     calls, model, plain = [], make_model(), make_model()
 
     def backend(graph, inputs):
@@ -336,7 +337,7 @@ def test_compile_serves_training_and_not_sampling(tmp_path, monkeypatch):
     rows = trained(tmp_path / "a", "dpo", model, replace(CFG, compile=True), steps=3,
                    evaluation=evaluation)
     evals = [r["eval"] for r in rows if "eval" in r]
-    assert evals == [dict(trained=2 * n, sampled=0) for n in (1, 2, 3)], "hidden, head"
+    assert evals == [dict(trained=2 * n, sampled=0) for n in (1, 2, 3)], "hidden and head"
     trained(tmp_path / "b", "dpo", plain, steps=3)
     assert torch.allclose(weights(model), weights(plain), atol=1e-5)
 
@@ -368,7 +369,7 @@ def test_eq07_starts_at_log2_and_a_ranking_at_log_k_factorial(tmp_path, loss, we
 def test_a_wrong_start_is_caught_before_the_first_step(tmp_path, loss, weight, cause):
     cfg = replace(CFG, loss=loss, weight=weight, precision="bf16" if "half" in cause else "fp32")
     model, start = make_model(0.3 if cause == "dropout" else 0.0), weights(make_model())
-    with pytest.raises(UserError, match="0.6931.*dropout is on.*another model.*stale"):
+    with pytest.raises(UserError, match="0.6931.*dropout is on.*another model.*another reference"):
         trained(tmp_path, "dpo", model, cfg, noise=0.8 * (cause != "dropout"),
                 groups=make_groups(ties=False), check=starts_at_reference(cfg, 4))
     assert torch.equal(weights(model), start) and not (tmp_path / "resume.pt").exists()
@@ -386,7 +387,7 @@ def test_the_start_is_checked_once(tmp_path):
 
 
 def plain_logps(model, prompts, completions):
-    """log π(y|x) of one completion at a time: no batch, no mask, no padding."""
+    """log π(y|x) of one completion at a time, without batches, masks and padding."""
     logps = []
     for prompt, completion in zip(prompts, completions):
         ids = torch.tensor([prompt + completion])
@@ -395,9 +396,9 @@ def plain_logps(model, prompts, completions):
     return torch.stack(logps)
 
 
-def test_a_pass_has_every_group_once_and_the_next_is_shuffled_anew():
+def test_a_pass_has_every_group_once_and_the_next_has_another_order():
     groups, picked = make_groups(23), []
-    logps = torch.arange(23 * 4.0).view(23, 4)  # tells which completions came
+    logps = torch.arange(23 * 4.0).view(23, 4)  # shows which completions are used
     learned = [i for i in range(23) if i % 5]
     batches, again = (preference_batches(CFG, groups, logps, learned) for _ in range(2))
     for step in range(36):  # 14 passes of 18 groups, in batches of 7
@@ -407,25 +408,26 @@ def test_a_pass_has_every_group_once_and_the_next_is_shuffled_anew():
         picked += (rows[:, 0] // 4).int().tolist()
     for i in range(0, len(picked), 18):
         assert sorted(picked[i : i + 18]) == learned, "a group twice in a pass"
-    assert picked[:18] != picked[18:36], "not shuffled anew"
+    assert picked[:18] != picked[18:36], "the order is the same"
     assert torch.equal(batches(4)[0][0]["idx"], again(4)[0][0]["idx"])
     ranking = replace(CFG, loss="plackett-luce", dpo_accum=9)
     micro_batches, n = preference_batches(ranking, groups, logps, learned)(0)
     assert len(micro_batches) == n == 7, "a ranking is one term"
 
 
+def labels(step=0, **changes):
+    """The pairs of a pass, of 200 groups in one batch: reward gaps (N,), p (N,), N, (y_w, y_l)."""
+    groups = make_groups(200)
+    (m,), n = preference_batches(replace(CFG, dpo_batch=200, **changes), groups,
+                                 torch.zeros(200, 4), list(range(200)))(step)
+    pairs = list(zip(m["yw_idxs"].tolist(), m["yl_idxs"].tolist()))
+    ids, r = m["idx"].tolist(), m["rewards"].flatten()
+    gap = torch.tensor([r[w] - r[l] for w, l in pairs])
+    return gap, m["p"], n, sorted((ids[w], ids[l]) for w, l in pairs)
+
+
 def test_eq01_labels_are_drawn_once_and_by_the_label_scale():
-    """Sampled and soft labels have every pair, also a tie; hard ones the ordered pairs."""
-    groups, every = make_groups(200), list(range(200))
-
-    def labels(step=0, **changes):
-        (m,), n = preference_batches(replace(CFG, dpo_batch=200, **changes), groups,
-                                     torch.zeros(200, 4), every)(step)
-        pairs = list(zip(m["yw_idxs"].tolist(), m["yl_idxs"].tolist()))
-        ids, r = m["idx"].tolist(), m["rewards"].flatten()
-        gap = torch.tensor([r[w] - r[l] for w, l in pairs])
-        return gap, m["p"], n, sorted((ids[w], ids[l]) for w, l in pairs)
-
+    """Sampled and soft labels have all pairs, also ties. Hard labels have the ordered pairs."""
     gap, p, n, _ = labels(labels="hard")
     assert (gap > 0).all() and (p == 1).all() and n < 1200
     for scale in 1.0, 10.0:
@@ -437,6 +439,17 @@ def test_eq01_labels_are_drawn_once_and_by_the_label_scale():
         assert n == 1200 and (ones == 1).all()
     assert labels(5, labels="sampled")[3] == won, "drawn again in a later pass"
     assert labels(labels="sampled", run_seed=1)[3] != won
+
+
+def test_label_noise_flips_its_share_of_the_pairs_and_in_every_pass_the_same():
+    gap, p, n, won = labels(label_noise=0.2)
+    true = labels()
+    assert n == true[2] and (p == 1).all()
+    assert float((gap < 0).float().mean()) == pytest.approx(0.2, abs=0.04)
+    unordered = [{frozenset(map(tuple, pair)) for pair in pairs} for pairs in (won, true[3])]
+    assert unordered[0] == unordered[1], "no pair more or less"
+    assert labels(5, label_noise=0.2)[3] == won, "drawn again in a later pass"
+    assert labels(label_noise=0.2, run_seed=1)[3] != won
 
 
 @pytest.mark.parametrize("loss, labels", [
@@ -454,7 +467,7 @@ def test_every_loss_equals_its_formula_on_one_completion_at_a_time(loss, labels)
     logps, r = plain_logps(model, *groups.flat(order)).tolist(), groups.rewards[order].flatten()
     h = [0.7 * (a - b) for a, b in zip(logps, m["ref_logps"].tolist())]
     pairs = [(w, l) for w in range(28) for l in range(28) if w // 4 == l // 4 and r[w] > r[l]]
-    if labels != "hard":  # drawn, or with ties
+    if labels != "hard":  # pairs are drawn, or have ties
         pairs = list(zip(m["yw_idxs"].tolist(), m["yl_idxs"].tolist()))
     margins = torch.tensor([h[w] - h[l] for w, l in pairs])
     wrong, right = np.logaddexp(0, -margins.numpy()), np.logaddexp(0, margins.numpy())
@@ -470,7 +483,7 @@ def test_every_loss_equals_its_formula_on_one_completion_at_a_time(loss, labels)
     assert torch.allclose(log["margin"].sort()[0], margins.sort()[0], atol=1e-4)
     assert log["accuracy"].sum() == (margins > 0).sum()
     if loss in OTHER_LOSSES:
-        assert (log["weight"] == 1).all(), "no weight, so a pair in order is pushed on"
+        assert (log["weight"] == 1).all(), "all pairs are pushed equally"
 
 
 @pytest.mark.parametrize("weight", dpo.WEIGHTS)
@@ -487,7 +500,7 @@ def test_sec4_every_weight_has_its_gradient(weight):
     assert torch.equal(log["weight"], w)
 
 
-def test_scores_do_not_depend_on_the_company():
+def test_scores_do_not_depend_on_the_batch():
     model, texts = make_model().eval(), make_groups().flat(range(23))
     few = Job("toy", replace(CFG, max_new_tokens=300_000), [])
     assert few.batch_size(model) // 8 == 3, "three at a time"
@@ -501,7 +514,7 @@ def test_scores_do_not_depend_on_the_company():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_scores_are_rounded_as_in_training(precision):
-    """By the same path: π_θ and π_ref then differ by what was learned, and not by rounding."""
+    """Then π_θ and π_ref differ by what was learned, and not by rounding."""
     model, texts = make_model(), make_groups().flat(range(23))
     job = Job("toy", replace(CFG, precision=precision), [])
     scores = score(job, model, *texts)
@@ -514,7 +527,7 @@ def test_scores_are_rounded_as_in_training(precision):
 
 
 def made(job, path, stage, groups=None, **settings):
-    """The policy of a stage made in `path`, from the job's parents, with other settings."""
+    """Makes a stage in `path` with other settings. Returns the weights of its policy."""
     job = job.beside(replace(job.cfg, **settings))
     if groups:
         job.groups = groups
@@ -533,15 +546,15 @@ OTHERS = {
             dict(loss="unlikelihood"), dict(loss="unlikelihood", alpha=0.9), dict(dpo_steps=4),
             dict(dpo_batch=4), dict(dpo_optimizer="adamw"), dict(dpo_schedule="constant"),
             dict(dpo_lr=0.02), dict(dpo_warmup=2), dict(grad_clip=0.0), dict(train_prompts=9),
-            dict(loss="reference-free")]}
+            dict(loss="reference-free"), dict(label_noise=0.3)]}
 
 
 @pytest.mark.parametrize("stage", OTHERS)
 def test_no_setting_is_ignored(job, tmp_path, stage):
-    """Each changes what is learned; those that say where and how a run goes do not."""
+    """Each setting of a stage changes its weights. Settings of the group "run" do not."""
     names = settings_of(job.cfg, ("sft",) if stage == "sft" else ("method", "dpo")).keys()
     tried = {name for other in OTHERS[stage] for name in other}
-    assert names - tried <= {"dpo_module", "eval_every", "valid_samples"}, "one without its line"
+    assert names - tried <= {"dpo_module", "eval_every", "valid_samples"}, "a setting is not tried"
     results = [made(job, tmp_path / str(i), stage, **FEW[stage] | other)
                for i, other in enumerate([{}, dict(save_secs=0, eval_every=1), *OTHERS[stage]])]
     assert torch.equal(*results[:2])
@@ -563,7 +576,7 @@ def test_a_stage_leaves_its_files_and_says_what_was_run(chain, stage):
     config = read_json(run / "config.json")
     assert config["settings"]["n_embd"] == 16 and config["settings"]["precision"] == "fp32"
     assert ("beta" in config["settings"]) == (stage == "dpo"), "a later stage's setting"
-    assert not {"out", "data", "threads"} & config["settings"].keys(), "where, and not what"
+    assert not {"out", "data", "threads"} & config["settings"].keys(), "they decide no result"
     assert config["about"]["command"][: len(TINY)] == TINY and config["about"]["preset"] == "toy"
     assert config["about"]["torch"] == torch.__version__ and config["about"]["threads"] == 1
     parents = {"sft": [], "groups": ["sft"], "dpo": ["sft", "groups"]}[stage]
@@ -575,7 +588,7 @@ def test_a_stage_leaves_its_files_and_says_what_was_run(chain, stage):
 
 
 def test_sft_validates_on_reviews_that_it_has_not_seen(chain, job):
-    """Nats per token, equal to a plain loop over the reviews, and falling."""
+    """The loss in nats per token equals that of a plain loop over the reviews, and it falls."""
     model, tokens = job.policy("sft").eval(), job.data.tokens["valid"]
     starts, lengths = tokens.windows(48)
     rows = [tokens.stream[a : a + n + 1].tolist() for a, n in zip(starts, lengths)]
@@ -588,15 +601,15 @@ def test_sft_validates_on_reviews_that_it_has_not_seen(chain, job):
 
 
 def test_init_starts_from_a_hugging_face_folder(job, tmp_path):
-    """One step at a vanishing rate: what comes out is what went in."""
+    """After one step at a rate of almost 0 the weights are those of the folder."""
     hf_gpt2.save(job.policy("sft"), tmp_path / "hf")
     one = made(job, tmp_path / "out", "sft", init=str(tmp_path / "hf"), sft_steps=1, sft_lr=1e-12)
     assert torch.allclose(one, weights(job.policy("sft")), atol=1e-9)
 
 
-def test_groups_the_optimum_and_the_evaluations_each_have_their_own_prompts(job, tmp_path):
-    """Of train, test and validation reviews, and disjoint: of 250 short prompts some recur in the
-    test reviews, where they are drawn again."""
+def test_groups_the_optimum_and_the_evaluations_each_have_their_own_prompts(job, tmp_path, capsys):
+    """They come from the train, test and validation reviews, and none is in two sets. Some of the
+    250 training prompts occur in test reviews too: these test prompts are drawn again."""
     job = job.beside(replace(job.cfg, prompts=250, eval_prompts=40, num_completions=2,
                              max_new_tokens=8))
     asked, judge = [], ToyReward(job.data.enc)
@@ -611,7 +624,10 @@ def test_groups_the_optimum_and_the_evaluations_each_have_their_own_prompts(job,
         prefixes = {tuple(x[:k].tolist()) for x in job.data.tokens[split] for k in range(3, 10)}
         assert drawn <= prefixes, f"not all are prompts of {split} reviews"
     assert not any(a & b for a, b in itertools.combinations(sets.values(), 2))
-    assert info["notes"]["evaluation prompts drawn again"] > 0, "so nothing was avoided here"
+    redrawn = info["notes"]["evaluation prompts drawn again"]
+    assert redrawn > 0, "this shows nothing"
+    assert f"; {redrawn} test prompts also occurred in training and were drawn again" in \
+        capsys.readouterr().out
     rewards = judge(prompts, samples)
     kept = [i for i in range(250) if rewards[2 * i] != rewards[2 * i + 1]]
     groups = data_imdb.read_groups(tmp_path / "groups.jsonl", job.data.enc, 48)
@@ -645,12 +661,12 @@ def test_held_out_groups_are_measured_and_never_trained_on(job, tmp_path):
     learned, held = job.split
     settings = FEW["dpo"] | dict(dpo_steps=len(learned) // 5 + 1)  # a whole pass
     policies, accuracies = [], []
-    for name, turned in ("as they are", []), ("held", held), ("learned", learned[-1:]):
-        groups = copy.deepcopy(job.groups)  # with the order of some groups turned round
-        groups.rewards[turned] = 1 - groups.rewards[turned]
+    for name, reversed_ in ("unchanged", []), ("held", held), ("learned", learned[-1:]):
+        groups = copy.deepcopy(job.groups)  # with the order of some groups reversed
+        groups.rewards[reversed_] = 1 - groups.rewards[reversed_]
         policies.append(made(job, tmp_path / name, "dpo", groups, **settings))
         accuracies.append(read_json(tmp_path / name / "result.json")["accuracy"])
-    assert torch.equal(*policies[:2]), "the order of held-out groups was learned"
+    assert torch.equal(*policies[:2]), "held-out groups were learned"
     assert not torch.equal(*policies[1:])
     assert accuracies[1] == pytest.approx(1 - accuracies[0]) != accuracies[0]
 
@@ -744,7 +760,7 @@ def test_the_chain_in_half_precision_starts_at_its_reference(chain, tmp_path):
 # ------------------------------------------------------------------------------ the command
 
 
-def test_what_is_finished_is_found_and_nothing_is_written(chain):
+def test_a_finished_stage_is_found_and_nothing_is_written(chain):
     files = {path: path.stat().st_mtime_ns for path in chain.out.rglob("*") if path.is_file()}
     for extra in [], ["--precision", "fp32", "--save-secs", 0, "--dpo-accum", 2]:
         result = command(*TINY, *extra, "--out", chain.out, "--data", chain.data)
@@ -753,7 +769,7 @@ def test_what_is_finished_is_found_and_nothing_is_written(chain):
         table = chain.text[chain.text.index("reward r*") : chain.text.index("more samples")]
         assert table in result.out, "another table"
     assert files == {path: path.stat().st_mtime_ns for path in chain.out.rglob("*")
-                     if path.is_file()}, "something was computed again"
+                     if path.is_file()}, "a file was written again"
     assert chain.text.startswith("preset toy (--preset); stage dpo\n")
     assert re.findall(r"^(\w+): making", chain.text, re.M) == ["sft", "groups", "dpo"]
 
@@ -770,7 +786,7 @@ def test_stopped_while_the_corpus_is_built_and_in_sft(chain, tmp_path):
         (KILL, "after", "resume.pt", 2), (KILL, "torn", "model.pt"))
     same(folder(tmp_path / "out", "sft"), folder(chain.out, "sft"))
     argv += ["--sft-steps", 2]
-    stopped(argv, KILL, "after", "model.pt")  # finished: nothing comes after it
+    stopped(argv, KILL, "after", "model.pt")  # model.pt is the last file, so it is finished
     assert "found in" in command(*argv).out
     assert len(list((tmp_path / "out").rglob("bpe.tiktoken"))) == 2
 
@@ -796,11 +812,11 @@ def test_stopped_in_dpo(chain, copied):
     same(folder(out, "dpo"), folder(chain.out, "dpo"))
     argv = [*TINY, "--dpo-steps", 1, "--data", chain.data, "--out", out]
     stopped(argv, KILL, "after", "model.pt")
-    assert command(*argv).code == 0, "finished, and its table cannot be printed"
+    assert command(*argv).code == 0, "the table of a finished run cannot be printed"
 
 
 def test_killed_at_random_moments_the_chain_is_that_of_a_run_never_stopped(chain, tmp_path):
-    """A timer's signal, unlike one that Python sends itself, comes in the midst of anything."""
+    """The signal of a timer can come at any moment, also inside a C function."""
     rng, codes = np.random.default_rng(0), []
 
     def work():
@@ -810,7 +826,7 @@ def test_killed_at_random_moments_the_chain_is_that_of_a_run_never_stopped(chain
 
     while not codes or codes[-1] == -signal.SIGALRM:
         codes.append(in_child(work)[0])
-        rng.uniform()  # the child's draw
+        rng.uniform()  # the number that the child has drawn
     assert codes[-1] == 0 and len(codes) > 3, f"it ended with {codes}"
     for stage in "sft", "groups", "dpo":
         same(folder(tmp_path, stage), folder(chain.out, stage))
@@ -835,11 +851,11 @@ def strangers(tmp_path):
     for name in "gpt", "experiments", "json":
         (tmp_path / f"cwd/{name}.py").write_text("raise SystemExit('a stranger was imported')")
     yield tmp_path / "cwd"
-    assert len(list((tmp_path / "cwd").iterdir())) == 3, "a file that nobody asked for"
+    assert len(list((tmp_path / "cwd").iterdir())) == 3, "a file was written here"
 
 
 def test_the_real_command_interrupted_from_any_folder(chain, copied, tmp_path, strangers):
-    """Ctrl-C in the middle of a step, by the --weight that it runs."""
+    """Ctrl-C comes in the middle of a step, from inside a user's --weight."""
     (tmp_path / "w.py").write_text(DIES)
     argv = [*TINY, "--weight", f"{tmp_path / 'w.py'}:weight", "--data", chain.data, "--out"]
     out = copied("sft", "groups")
@@ -867,8 +883,8 @@ def test_our_own_error_beside_a_student_s_module_keeps_its_traceback(chain, copi
 
 
 def test_a_stage_of_experiments_is_handed_over_from_any_folder(strangers, monkeypatch):
-    """PPO's own refusal, which comes before any work. The command starts in a fork, which has
-    torch already, and replaces itself by `python -m experiments`."""
+    """PPO refuses fp16 before any work. The command runs in a fork, which has imported torch, and
+    replaces itself by `python -m experiments`."""
     def work():
         os.chdir(strangers)
         monkeypatch.setattr(sys, "argv", [train.__file__, "--stage", "ppo", "--precision", "fp16"])
@@ -879,11 +895,11 @@ def test_a_stage_of_experiments_is_handed_over_from_any_folder(strangers, monkey
     assert "Traceback" not in text and "stranger" not in text, text
 
 
-# ------------------------------------------------------------------------------ others' pairs
+# ------------------------------------------------------------------------------ preference files
 
 
 def pairs_file(path, n=30, hh=False):
-    """Praise chosen over blame, in the toy corpus's own words."""
+    """A preference file in words of the toy corpus: praise is chosen, and blame is rejected."""
     rows = []
     for i in range(n):
         prompt = f"\n\nHuman: {i}?\n\nAssistant:" if hh else f"the plot of film {i}"
@@ -894,9 +910,10 @@ def pairs_file(path, n=30, hh=False):
     return path
 
 
-def test_other_peoples_preferences(chain, copied, tmp_path):
-    """π_ref is first fine-tuned on what was chosen; a tenth of the prompts is held out; "-" where
-    there is no r*; what does not fit the context is left out and counted."""
+def test_a_preference_file_from_start_to_end(chain, copied, tmp_path):
+    """π_ref is first fine-tuned on the chosen completions. A tenth of the prompts is held out. The
+    table has no reward, as there is no r*. A group that is longer than the context is left out and
+    counted."""
     path, out = pairs_file(tmp_path / "my.jsonl"), copied("sft")
     with open(path, "a") as file:
         file.write(json.dumps({"prompt": "x", "chosen": "a " * 60, "rejected": "b"}) + "\n")
@@ -905,11 +922,12 @@ def test_other_peoples_preferences(chain, copied, tmp_path):
     assert command(*argv, tmp_path / "whole").code == 0
     for stage in "chosen", "groups", "dpo":
         same(folder(out, stage), folder(tmp_path / "whole", stage))
-    for name in "π_ref", "π_θ, β 0.5", "optimum":
-        (line,) = [x for x in result.out.splitlines() if x.startswith(name)]
-        assert line[20:].split()[0] == "-", f"a reward where none is: {line}"
+    (head,) = [x for x in result.out.splitlines() if "KL, nats  " in x]
+    assert "reward" not in head and "accuracy" in head and "\noptimum" not in result.out
+    (line,) = [x for x in result.out.splitlines() if x.startswith("  groups: 30 prompts")]
+    assert line.endswith("with 2 completions each; left out: 1 (longer than 48 tokens)")
     text = (folder(out, "dpo") / "samples.txt").read_text()
-    assert "r* - |" in text and text.count("prompt:") == 3, "30 prompts hold out 3"
+    assert "r* - |" in text and text.count("prompt:") == 3, "3 of 30 prompts are held out"
     info = read_json(folder(out, "groups") / "reference.json")
     assert info["notes"] == {"longer than 48 tokens": 1} and info["optimum"] == []
     assert info["point"]["reward"] is None
@@ -917,8 +935,8 @@ def test_other_peoples_preferences(chain, copied, tmp_path):
     refused(command(*argv, out), path, "has changed since")
 
 
-def test_the_chosen_reference_likes_what_was_chosen(job, tmp_path):
-    """One pass over 36 prompts, 4 at a time, at a tenth of SFT's rate."""
+def test_stage_chosen_raises_the_log_prob_of_chosen_completions(job, tmp_path):
+    """It makes one pass over 36 prompts, 4 per step, at a tenth of SFT's learning rate."""
     start, path = job.policy("sft"), tmp_path / "out"
     hf_gpt2.save(start, tmp_path / "hf")
     groups = data_imdb.read_groups(pairs_file(tmp_path / "my.jsonl", 40), job.data.enc, 48)
@@ -932,9 +950,9 @@ def test_the_chosen_reference_likes_what_was_chosen(job, tmp_path):
     assert chosen > rejected + 1, "in nats per completion"
 
 
-def test_hh_with_a_reference_of_ones_own(chain, job, tmp_path):
-    """A run and a Hugging Face folder of the same weights are the same π_ref; no SFT is made. Of
-    three prompts two are held out, so that there is an error bar and no NaN, which is no JSON."""
+def test_hh_with_a_users_reference(chain, job, tmp_path):
+    """A run and a Hugging Face folder with the same weights are the same π_ref, and no SFT is made.
+    Two of three prompts are held out, so that standard errors are not NaN, which is not JSON."""
     path, logps = pairs_file(tmp_path / "hh.jsonl", 3, hh=True), []
     hf_gpt2.save(job.policy("sft"), tmp_path / "hf")
     for reference, file in (folder(chain.out, "sft"), "model.pt"), (tmp_path / "hf",
@@ -956,7 +974,7 @@ def test_hh_with_a_reference_of_ones_own(chain, job, tmp_path):
 
 def test_preferences_that_changed_are_other_parents_although_their_log_probs_are_equal(
         chain, tmp_path):
-    """The way that the sentence shows: delete the groups, and make them again."""
+    """The user does what the sentence says: deletes the groups and makes them again."""
     path, out = pairs_file(tmp_path / "my.jsonl", 12), tmp_path / "out"
     argv = [*TINY, "--groups", path, "--reference", folder(chain.out, "sft"), "--data", chain.data,
             "--out", out, "--dpo-steps", 2]
@@ -992,7 +1010,7 @@ IMDB = ("--preset imdb --device cpu --threads 1 --vocab 600 --n-layer 1 --n-head
 
 @pytest.fixture(scope="module")
 def imdb(tmp_path_factory):
-    """A small archive of the real one's layout, its reviews the toy's; the counts cut to match."""
+    """A small archive with the real one's layout and with toy reviews. The counts are adapted."""
     base = tmp_path_factory.mktemp("imdb")
     few = {key: (split, label, 40) for key, (split, label, _) in data_imdb.FOLDERS.items()}
     texts = list(dict.fromkeys(toy_reviews.reviews(900, 5)))
@@ -1021,7 +1039,7 @@ def test_imdb_runs_end_to_end(imdb):
     rows = read_rows(folder(imdb.out, "groups") / "groups.jsonl")
     assert all(0 <= r <= 1 for row in rows for r in row["rewards"])
     result = read_json(folder(imdb.out, "dpo") / "result.json")
-    assert 0 <= result["reward"] <= 1 and result["grammatical"] is None, "grammar is the toy's"
+    assert 0 <= result["reward"] <= 1 and result["grammatical"] is None, "IMDb has no grammar"
     parents = read_json(folder(imdb.out, "groups") / "config.json")["parents"]
     assert parents.keys() == {"sft", "reward", "data"}
     tokens = data_imdb.load("imdb", 600, imdb.data, 0, 0).tokens
@@ -1037,9 +1055,9 @@ def test_r_star_of_imdb_reports_how_well_it_judges(imdb):
         assert 0 <= row["accuracy"] <= 1 and 0 <= row["calibration_error"] <= 1
         assert f"r* on {name.replace('_', ', ')}: accuracy {row['accuracy']:.3f}" in result.out
     rows = read_rows(folder(imdb.out, "reward") / "metrics.jsonl")
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "an indifferent start"
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "every score starts at 0"
     assert rows[0]["lr"] == pytest.approx(1e-4) and len(rows) == 4
-    assert len({str(batch[0]["idx"].tolist()) for batch in imdb.seen}) == 4, "the same reviews"
+    assert len({str(batch[0]["idx"].tolist()) for batch in imdb.seen}) == 4, "steps repeat reviews"
 
 
 def test_stopped_in_the_reward_stage(imdb, tmp_path):

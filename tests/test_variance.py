@@ -46,24 +46,24 @@ def test_eq10_no_baseline_changes_the_mean_gradient_of_a_gpt():
     signal = theory.soft_advantage(logps, ref_logps, r, BETA, 0.0)
     kinds = baselines(signal[None], torch.rand(1, 5, dtype=torch.float64), BETA)
     assert [*kinds] == NAMES
-    for name in NAMES[:-1]:  # the last is made of other samples, and so also apart from y
+    for name in NAMES[:-1]:  # the last one depends on other samples
         advantage = (signal - kinds[name][0]).mean(0)
         mean = (logps.exp() * advantage) @ flat
         torch.testing.assert_close(mean, wanted, rtol=1e-6, atol=1e-9, msg=name)
-    assert float(wanted.norm()) > 1e-3, "a mean of 0 would show nothing"
+    assert float(wanted.norm()) > 1e-3, "with a mean of 0 the test is empty"
 
 
-def test_the_leave_one_out_mean_of_a_sample_leaves_that_sample_out():
+def test_the_leave_one_out_mean_of_a_sample_is_the_mean_of_the_others():
     signal = torch.tensor([[1.0, 2.0, 6.0]])
     found = baselines(signal, torch.rand(1, 4), BETA)["leave-one-out mean"]
     torch.testing.assert_close(found, torch.tensor([[[4.0, 3.5, 1.5]]]))
 
 
-def test_eq10_estimated_variances_are_those_of_the_enumerated_world():
+def test_eq10_estimated_variances_equal_those_of_the_enumerated_world():
     """Means over many draws of K completions, against theory.policy_gradient's enumeration."""
     world, K, draws = dpo.World(), 4, 40_000
     pi = world.randn(3, 16).log_softmax(-1)
-    reference = world.randn(3, 6)  # the rewards of R completions of π_ref, held fixed
+    reference = world.randn(3, 6)  # fixed rewards of R completions of π_ref
     y = torch.multinomial(pi.exp(), K * draws, replacement=True,
                           generator=world.generator).view(3, draws, K)
     signals = theory.soft_advantage(pi, world.ref, world.r, BETA, 0.0)  # (P, 16)
@@ -86,18 +86,18 @@ def test_eq10_estimated_variances_are_those_of_the_enumerated_world():
             wanted = wanted - (of_mean**2).sum(-1) / (K - 1) ** 2
         se = found[name].std(1) / draws**0.5
         assert ((found[name].mean(1) - wanted).abs() < 5 * se).all(), name
-        assert (se < 0.02 * wanted).all(), "too few draws to tell"
+        assert (se < 0.02 * wanted).all(), "too few draws"
 
 
-def test_eq04_the_fitted_beta_is_that_of_an_optimum():
+def test_eq04_at_an_optimum_the_fitted_beta_is_its_beta():
     world = dpo.World()
     for beta in (0.1, 2.0):
         log_ratios = dpo.optimal_policy(world.ref, world.r, beta) - world.ref
-        assert fitted_beta(world.r, log_ratios) == pytest.approx(beta), "whatever Z(x) is"
+        assert fitted_beta(world.r, log_ratios) == pytest.approx(beta), "Z(x) cancels"
 
 
 def test_the_stage_measures_both_policies_and_prints_a_table(chain, copied, monkeypatch):
-    # six steps of DPO are near no optimum
+    # after six steps the policy is not near an optimum
     monkeypatch.setattr(experiments.variance, "fitted_beta", lambda *_: BETA)
     out = copied("sft", "groups", "dpo")
     result = command("--stage", "variance", *TINY, "--out", out, "--data", chain.data)
@@ -110,7 +110,7 @@ def test_the_stage_measures_both_policies_and_prints_a_table(chain, copied, monk
     for name, policy in table["policies"].items():
         assert [*policy["ratios"]] == NAMES and policy["ratios"]["no baseline"] == [1, 0]
         one, mean = (policy["ratios"][b][0] for b in NAMES[1:3])
-        assert one > mean, "a sample for a baseline adds its own variance to its mean's"
+        assert one > mean, "one sample varies more than a mean"
         for b, (ratio, se) in policy["ratios"].items():
             assert ratio > 0 and se >= 0
             line, = [x for x in result.out.splitlines() if x.startswith(b)]
@@ -122,7 +122,7 @@ def test_the_stage_measures_both_policies_and_prints_a_table(chain, copied, monk
 @pytest.mark.parametrize("flags, words", [
     (["--groups", "my.jsonl"], ["variance needs r*", "leave --groups out"]),
     (["--dpo-lr", "0"], ["r* does not rise", "--dpo-steps", "--dpo-lr"])])
-def test_without_r_star_or_a_trained_policy_it_is_refused(chain, copied, flags, words):
+def test_variance_without_r_star_or_a_trained_policy_is_refused(chain, copied, flags, words):
     out = copied("sft", "groups")
     refused(command("--stage", "variance", *TINY, *flags, "--out", out, "--data", chain.data),
             *words)

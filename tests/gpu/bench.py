@@ -1,10 +1,11 @@
-"""What the device does at the presets' sizes: one JSON object, and flags for a run that fits.
+"""Measures the device at the presets' sizes. Writes a JSON object, and flags for a main run that
+fits into the time budget.
 
     PYTHONPATH=. python tests/gpu/bench.py --json FILE --flags FILE [--budget 440] [--device cpu]
 
-Run it in the repository's root; on a CPU, where everything is tiny, only to try this file. The rows
-run in the order in which they stand here, the most important first; none starts after the limit.
-Run again with the same FILE, it goes on with the rows that are missing.
+Run it in the repository's root. On a CPU everything is tiny, only to try this file. The rows run in
+the order of this file, the most important first, and none starts after the limit. If it is run
+again with the same FILE, it goes on with the missing rows.
 
 B sequences, T tokens, V vocabulary, M scored tokens, P prompts, K completions per prompt.
 """
@@ -37,10 +38,10 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--json", default="bench.json")
 parser.add_argument("--flags", default="flags")
 parser.add_argument("--budget", type=float, default=440, help="seconds for the main run")
-parser.add_argument("--limit", type=float, default=100, help="seconds: no new row after them")
+parser.add_argument("--limit", type=float, default=100, help="seconds after which no row starts")
 parser.add_argument("--device", default="cuda")
-parser.add_argument("--only", default="", help="rows, with commas between; default: all, but on a "
-                    "CPU not those compiled, which take minutes")
+parser.add_argument("--only", default="", help="rows, with commas between them; default: all, on a "
+                    "CPU without the compiled ones, which take minutes")
 args = parser.parse_args()
 job, big, began = job_on(args.device, precision="bf16"), args.device == "cuda", time.time()
 fp16 = job_on(args.device, precision="fp16")
@@ -51,7 +52,7 @@ out = json.loads(made.read_text()) if made.exists() else dict(
     device=torch.cuda.get_device_name() if big else "cpu", torch=torch.__version__)
 groups = random_groups(rng, V, P, longest // 2, longest)
 many = [groups.prompt_ids[i % P] for i in range(MANY)]
-ESTIMATE_GB = {"imdb": 10, "gpt2": 31, "gpt2-large": 48}  # of SFT; reckoned, before any GPU
+ESTIMATE_GB = {"imdb": 10, "gpt2": 31, "gpt2-large": 48}  # of SFT, calculated without a GPU
 
 
 def sync() -> None:
@@ -60,7 +61,7 @@ def sync() -> None:
 
 
 def timed(work, n: int = 20, warm: int = 3) -> float:
-    """The median of n calls, in seconds, after `warm` that do not count."""
+    """The median time of n calls in seconds. `warm` calls before do not count."""
     seconds = []
     for _ in range(warm + (n if big else 2)):
         sync()
@@ -76,15 +77,15 @@ def new_model(dropout: float = 0.0, preset: str = "imdb") -> GPT:
     c = PRESETS[preset]
     sizes = (c.n_ctx, c.n_layer, c.n_head, c.n_embd) if big else (32, 2, 2, 16)
     torch.manual_seed(0)
-    with device:  # a CPU needs seconds to draw gpt2-large's
+    with device:  # a CPU would take seconds for the weights of gpt2-large
         return GPT(GPTConfig(V, *sizes, dropout))
 
 
 def fit_rates(model, batches, loss_fn, steps: int, job=job, **settings) -> dict:
-    """Medians of train.fit's own log; the wall time of a step after the first, with everything
-    between; the peak memory."""
+    """Medians of train.fit's log, the wall time per step without the first step, and the peak
+    memory."""
     run = MemoryRun()
-    gc.collect()  # the model of the row before
+    gc.collect()  # frees the model of the last row
     if big:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -101,7 +102,8 @@ def fit_rates(model, batches, loss_fn, steps: int, job=job, **settings) -> dict:
 
 
 def sft_settings(preset: str) -> dict:
-    """For train.fit: batches of the preset's size, of which one window has the whole context."""
+    """Arguments for train.fit: batches of the preset's size, with one window of the full context.
+    """
     c = PRESETS[preset]
     B, T = (c.sft_batch // c.sft_accum, c.n_ctx) if big else (4, 32)
 
@@ -169,7 +171,7 @@ def reward_step():
 
 @ROWS.append
 def sampling():
-    """Completions per second, by how many are sampled at once."""
+    """Completions per second, by the number that is sampled at once."""
     model, found = new_model().eval(), {}
     for n in ((512, MANY) if big else (4,)):
         with job.autocast():
@@ -197,8 +199,8 @@ def dpo_step():
 
 @ROWS.append
 def profile():
-    """Per step: operations, kernels, and the GPU's busy time, beside the time of an unprofiled
-    step. A GPU that is busy for much less of it waits for launches. Tables go into files."""
+    """Per step: operations, kernels, the GPU's busy time, and the time of a step without profiler.
+    If the busy time is much shorter, the GPU waits for launches. Tables are written to files."""
     activity, found = torch.profiler.ProfilerActivity, {}
 
     def profiled(model, settings, steps: int):
@@ -211,7 +213,7 @@ def profile():
         return seen, np.array([len(operations), len(kernels), sum(kernels) / 1e3])
 
     for name, model, settings in (("dpo_step", new_model(), DPO), ("sft", new_model(0.1), SFT)):
-        _, once = profiled(model, settings, 1)  # with what is done once per call
+        _, once = profiled(model, settings, 1)  # one step, and the work that fit does once
         seen, more = profiled(model, settings, 3)
         found[name] = dict(zip(("operations", "kernels", "gpu_ms"), ((more - once) / 2).tolist()),
                            step_ms=measured(name, "ms", None))
@@ -222,7 +224,7 @@ def profile():
 
 
 def steps_of(preset: str) -> dict:
-    """SFT's and DPO's steps at the preset's sizes: time, and memory beside the estimate."""
+    """Steps of SFT and DPO at the preset's sizes: their time and memory, and the estimate."""
     return dict(
         sft=fit_rates(new_model(PRESETS[preset].dropout, preset), steps=3, **sft_settings(preset)),
         estimate_GB=ESTIMATE_GB[preset], dpo=dpo_rates(new_model(0.0, preset), 3))
@@ -248,8 +250,8 @@ def peer_of(model: GPT, folder: str):
 
 @ROWS.append
 def generate():
-    """New tokens per second, ours and those of `generate` with weights in bf16, by batch size.
-    Prompts have 8 tokens and no completion ends early, so that nothing is padded."""
+    """New tokens per second of our sampler and of `generate` with weights in bf16, by batch size.
+    Prompts have 8 tokens and no completion ends early, so that there is no padding."""
     ours, found = new_model().eval(), {}
     with tempfile.TemporaryDirectory() as folder:
         peer = peer_of(ours, folder).to(torch.bfloat16).eval()
@@ -267,8 +269,8 @@ def generate():
 
 @ROWS.append
 def trl():
-    """Pairs per second of TRL's DPOTrainer at its fastest, beside ours of the row dpo_step: bf16,
-    log-probs of π_ref made before, no gradient checkpointing, as many pairs per step."""
+    """Pairs per second of TRL's DPOTrainer at its fastest, and ours of the row dpo_step: in bf16,
+    with π_ref's log-probs computed before, without gradient checkpointing, equally many pairs."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -284,7 +286,7 @@ def trl():
 
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
-            return dataset  # token ids already
+            return dataset  # it holds token ids already
 
     yw, yl, _ = dpo.preference_pairs(torch.from_numpy(groups.rewards))
     _, completions = groups.flat(range(P))
@@ -336,7 +338,7 @@ def ppo_iteration():
 
 @ROWS.append
 def judge():
-    """Completions per second, by how many are scored at once."""
+    """Completions per second, by the number that is scored at once."""
     model, completions = RewardModel.from_gpt(new_model(), 256 if big else 32).to(device), \
         [groups.completion_ids[i % P][0] for i in range(MANY)]
     return {n: MANY / timed(functools.partial(
@@ -346,7 +348,7 @@ def judge():
 
 @ROWS.append
 def head_products():
-    """TFLOP/s of the head's three products, V as it is and as a multiple of 64."""
+    """TFLOP/s of the head's three products, with V and with V rounded up to a multiple of 64."""
     found, M, C = {}, 23_442 if big else 50, 512 if big else 16
     h = torch.randn(M, C, device=device, dtype=torch.bfloat16)
     for columns in (V, -(-V // 64) * 64):
@@ -376,8 +378,8 @@ def measured(row: str, key, otherwise):
 
 
 def main_run_flags() -> str:
-    """Settings of a main run that fits: a quarter of the budget for SFT's steps, a twentieth for
-    r*'s, a twentieth for the samples of the groups and of the optimum (32,768 for that one)."""
+    """Flags of a main run that fits into the budget: a quarter of it for SFT's steps, a twentieth
+    for r*'s, a twentieth for samples (of the groups, and 32,768 for the optimum)."""
     sft_ms, reward_ms = measured("sft", "wall_ms", 50), measured("reward_step", "wall_ms", 35)
     per_s = measured("sampling", str(MANY if big else 4), 3000)
     sft_steps = max(300, int(min(6000, 0.25 * args.budget * 1e3 / sft_ms)) // 100 * 100)

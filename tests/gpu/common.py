@@ -1,4 +1,4 @@
-"""For test_device.py and bench.py: a job without a corpus, a run without a folder, groups."""
+"""Shared by test_device.py and bench.py: a job without a corpus, a run without a folder, groups."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from support.settings import PRESETS
 
 
 def job_on(device: str, **changes) -> Job:
-    """The preset imdb on this device. Only job.data would read the corpus."""
+    """A job of the preset imdb on this device. Only job.data would read the corpus."""
     return Job("imdb", replace(PRESETS["imdb"], device=device, **changes), [])
 
 
@@ -24,7 +24,7 @@ def random_groups(rng, vocab_size: int, n: int, shortest: int, longest: int) -> 
 
 
 class MemoryRun:
-    """For train.fit in place of support.runs.Run: the rows and the last checkpoint, in memory."""
+    """A run for train.fit that keeps its rows and its last checkpoint in memory."""
 
     def __init__(self, stage: str = "dpo"):
         self.about, self.folder, self.rows, self.state = dict(stage=stage), Path(stage), [], {}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A GPU machine for fifteen minutes: two commands, one after the other on the warm machine, in the
-# repository's root, with the folder .gpu/ of prepare.sh:
+# Uses a GPU machine for fifteen minutes, with the folder .gpu/ of prepare.sh. Run two commands, one
+# directly after the other, in the repository's root:
 #   bash .gpu/gpu_run.sh check      about 200 s
-#   bash .gpu/gpu_run.sh main       about 480 s, at once after the first; again: it goes on
-#   bash .gpu/gpu_run.sh bench 100  where seconds are left: the rows that `check` had no time for
-# Nothing stops the script. Each phase has a limit, a log, and two lines in run.log; what is worth
-# keeping is packed into $OUT after each. To try it without a GPU: GPU_DEVICE=cpu, which makes
-# everything tiny. GPU_SUITE=0 leaves the suite out, which runs on the CPU.
+#   bash .gpu/gpu_run.sh main       about 480 s; if it is run again, it goes on
+#   bash .gpu/gpu_run.sh bench 100  if time is left: the rows that `check` had no time for
+# A phase that fails does not stop the script. Each phase has a time limit, a log, and two lines in
+# run.log; after each phase the results are packed into $OUT. GPU_DEVICE=cpu tries the script without
+# a GPU, with tiny sizes. GPU_SUITE=0 leaves out the test suite, which runs on the CPU.
 set -uo pipefail
 mode=${1:-check} device=${GPU_DEVICE:-cuda} here=$(dirname "$0") python=${PYTHON:-python3}
 OUT=${OUT:-/tmp/gpu-out} work=${WORK:-/tmp/gpu-work}
@@ -16,7 +16,7 @@ mkdir -p "$OUT" "$work"; exec > >(tee -a "$work/run-$mode.log" "$OUT/run.log") 2
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TORCHINDUCTOR_CACHE_DIR=$work/inductor
 export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$work/none} HF_HUB_OFFLINE=1
-slow=1; [ "$device" = cpu ] && { export OMP_NUM_THREADS=1; slow=10; }  # limits are a GPU's
+slow=1; [ "$device" = cpu ] && { export OMP_NUM_THREADS=1; slow=10; }  # the limits are for a GPU
 
 left() { echo $((slow * limit - (SECONDS - start))); }
 clock() { printf '%4d s' $((SECONDS - start)); }
@@ -36,7 +36,7 @@ pack() {  # at most 8 files of 16 MiB, none deeper than $OUT
     (cd "$OUT" && split -b 15000000 -d results.tar.gz results.part. && rm results.tar.gz)
 }
 
-phase() {  # phase NAME SECONDS COMMAND...: Ctrl-C at the limit; the last checkpoint stays
+phase() {  # phase NAME SECONDS COMMAND...: sends Ctrl-C at the limit; the checkpoint is kept
   local name=$1 most=$((slow * $2)); shift 2
   local rest; rest=$(left); [ "$most" -gt "$rest" ] && most=$rest
   if [ "$most" -lt 5 ]; then echo "[$(clock)] SKIP $name: no time is left"; return 99; fi
@@ -51,7 +51,7 @@ unpack() {  # IMDb's tokens into data/
   phase data 40 $python -c "import tarfile; tarfile.open('$here/data.tar.xz').extractall('data')"
 }
 
-bench() {  # again: it goes on. Its packages of prepare.sh are for it alone
+bench() {  # if it is run again, it goes on. Only bench.py uses the packages of prepare.sh
   [ "$device" = cuda ] && [ -d "$here/whl" ] && [ ! -d "$work/site" ] &&
     phase wheels 30 $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
       --target "$work/site" "$here"/whl/*.whl
@@ -74,8 +74,8 @@ if [ "$mode" = check ]; then
     $python -c 'import torch, numpy, tiktoken, matplotlib as m; print(torch.__version__,
       numpy.__version__, m.__version__, torch.cuda.is_available(), torch.cuda.is_bf16_supported())'"
   [ -s "$here/data.tar.xz" ] && unpack
-  # the corpus and its BPE once; then a chain per precision, side by side with test_device.py and,
-  # on the CPU, with the whole suite
+  # first the corpus and its BPE; then at the same time a chain per precision, test_device.py and, on
+  # the CPU, the whole suite
   phase smoke-sft 60 $python train.py --stage sft $tiny --out "$work/smoke/first"
   suite=
   if [ "${GPU_SUITE:-1}" = 1 ]; then
@@ -116,13 +116,13 @@ else
     frontier=(--sweep-steps 250 --evals-per-run 3 --ppo-steps 16 --ppo-rollouts 512 --ppo-lr 5e-5
               --best-of 64 --jobs 6)
     dpo=(--dpo-steps 600 --dpo-warmup 100) data=data
-    # where bench.py has not said what fits
+    # used if bench.py has written no flags
     flags=(--sft-steps 1500 --sft-warmup 75 --reward-steps 500 --prompts 8000)
     [ -s "$work/flags" ] && read -r -a flags < "$work/flags"
     [ -d data ] || unpack
   fi
   runs=$(cat "$work/runs" 2>/dev/null)
-  if [ -z "$runs" ]; then  # memory, where there is plenty: no fsync of 200 MB to a slow disk
+  if [ -z "$runs" ]; then  # in memory if there is enough: 200 MB are slow to write to disk
     free=$(df --output=avail -BG /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9); runs=$work/runs-here
     [ "$device" = cuda ] && [ "${free:-0}" -ge 30 ] && runs=/dev/shm/gpu-runs
     mkdir -p "$runs"; echo "$runs" > "$work/runs"
@@ -130,7 +130,7 @@ else
   common=("${base[@]}" ${flags[@]+"${flags[@]}"} --out "$runs" --data "$data")
   [ -s "$work/precision" ] && common+=(--precision "$(cat "$work/precision")")
   SHOW=30 phase dpo 280 $python train.py --stage dpo "${common[@]}" "${dpo[@]}"; code=$?
-  # 124: its time was over. Any other error may be one of half precision.
+  # 124 is the time limit. Another error may come from half precision.
   if [ $code -ne 0 ] && [ $code -ne 124 ] && [ ! -s "$work/precision" ]; then
     echo fp32 > "$work/precision"; common+=(--precision fp32)
     SHOW=30 phase dpo-fp32 250 $python train.py --stage dpo "${common[@]}" "${dpo[@]}"; code=$?

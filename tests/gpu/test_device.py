@@ -1,5 +1,5 @@
-"""A device computes what the CPU computes in float64, in each precision. The same tests run on a
-CPU, at tiny sizes, and on a GPU, at those of the preset imdb.
+"""In each precision a device computes what the CPU computes in float64. The tests run on a CPU at
+tiny sizes, and on a GPU at the sizes of the preset imdb.
 
     python -m pytest -m cuda -rP tests/gpu/test_device.py    # on a GPU; -rP prints the numbers
 
@@ -32,7 +32,7 @@ fp32_and_bf16 = pytest.mark.parametrize("precision", ["fp32", "bf16"], indirect=
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[
     pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
 def device(request):
-    torch.set_num_threads(8 if request.param == "cuda" else 1)  # a GPU is compared with the CPU
+    torch.set_num_threads(8 if request.param == "cuda" else 1)  # it also computes float64
     yield torch.device(request.param)
     torch.set_num_threads(1)
 
@@ -50,7 +50,7 @@ def case(device):
 
 
 class Case:
-    """A model of the device's size, and P prompts of K completions."""
+    """A model of a size that fits the device, and P prompts with K completions each."""
 
     def __init__(self, device: torch.device):
         self.device, self.big = device, device.type == "cuda"
@@ -60,7 +60,7 @@ class Case:
         self.jobs = {p: job_on(device.type, precision=p) for p in ("fp32", "bf16", "fp16")}
         torch.manual_seed(0)
         self.weights = GPT(self.config).eval()
-        with torch.no_grad():  # logits of a trained model's size
+        with torch.no_grad():  # logits as large as those of a trained model
             self.weights.wte.weight.mul_(70 / self.config.n_embd**0.5)
         self.groups = random_groups(np.random.default_rng(0), self.V, self.P,
                                     *((20, 64) if self.big else (5, 12)))
@@ -75,20 +75,20 @@ class Case:
         return self.jobs["fp32" if precision == "tf32" else precision].autocast()
 
     def logps(self, model: GPT, precision: str = "fp32") -> torch.Tensor:
-        """(B, T) of the few completions."""
+        """Log-probs (B, T) of the tokens of `few`."""
         device = model.wte.weight.device
         with self.autocast(precision):
             return model.token_logps(self.few[0].to(device), self.mask.to(device))
 
     def grads(self, model: GPT, precision: str = "fp32") -> dict[str, torch.Tensor]:
-        """Of the sum of those, by the parameter's name."""
+        """The gradient of the sum of `logps`, by the name of the parameter."""
         names, parameters = zip(*model.named_parameters())
         grads = torch.autograd.grad(self.logps(model, precision).sum(), parameters)
         return {name: grad.double().cpu() for name, grad in zip(names, grads)}
 
     @functools.cached_property
     def truth(self) -> SimpleNamespace:
-        """In float64 on the CPU."""
+        """The same numbers in float64 on the CPU."""
         model = self.model("cpu").double()
         grads = flat(self.grads(model))
         with torch.no_grad():
@@ -97,7 +97,7 @@ class Case:
 
     def fit_dpo(self, job, run, model, steps, *, ref_logps=None, lr=1e-6, optimizer="rmsprop",
                 **settings):
-        """Each step takes the same 11 groups."""
+        """DPO by train.fit, where each step has the same 11 groups."""
         ref_logps = torch.zeros(self.P, K) if ref_logps is None else ref_logps
         batches = train.preference_batches(job.cfg, self.groups, ref_logps,
                                            list(range(job.cfg.dpo_batch)))
@@ -113,7 +113,7 @@ def flat(grads: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def relative(a, b) -> float:
-    """The size of the difference over that of b."""
+    """The norm of the difference, divided by the norm of b."""
     return float(((a - b).norm() / b.norm()).detach())
 
 
@@ -186,16 +186,16 @@ def test_a_head_padded_to_a_multiple_of_64_changes_nothing(case, precision, monk
     assert max(off_grads.values()) < dict(fp32=1e-3, bf16=0.05)[precision], off_grads
     assert padded_logits.shape == logits.shape and relative(padded_logits, logits) < limit
     assert max(map(max, padded)) < case.V, "an id that is no token was sampled"
-    if precision == "fp32":  # elsewhere rounding of V probabilities may move the next token
+    if precision == "fp32":  # in bf16 rounded probabilities may give another next token
         assert first >= 0.9
 
 
 @pytest.mark.parametrize("dropout, limit", [(0.0, 40), (0.1, 44)])
 def test_bytes_kept_for_the_backward_pass(case, dropout, limit, monkeypatch):
-    """Per token, layer and channel under bf16: the difference between 3 layers and 1, without the
-    weights' copies in bf16. Dropout keeps two masks, each of a byte or two per channel."""
+    """Bytes per token, layer and channel under bf16, without the copies of the weights in bf16. One
+    layer is the difference of 3 layers and 1. Dropout keeps two masks of a byte or two each."""
     B, T, C, H = (16, 128, 512, 8) if case.big else (4, 64, 64, 2)
-    if not case.big:  # a CPU's attention keeps (B, H, T, T) with dropout: here it has none
+    if not case.big:  # with dropout a CPU's attention would keep (B, H, T, T): it is turned off
         attend = F.scaled_dot_product_attention
         monkeypatch.setattr(F, "scaled_dot_product_attention",
                             lambda *qkv, is_causal, dropout_p: attend(*qkv, is_causal=is_causal))
@@ -203,7 +203,7 @@ def test_bytes_kept_for_the_backward_pass(case, dropout, limit, monkeypatch):
     def kept(layers: int) -> int:
         model = GPT(GPTConfig(301, T, layers, H, C, dropout)).to(case.device).train()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        storages = {}  # by address; each stays alive, so that no other takes its address
+        storages = {}  # by address; they are kept, so that no address is used twice
 
         def pack(x):
             if x.untyped_storage().data_ptr() not in weights:
@@ -309,7 +309,7 @@ def test_samples_depend_on_neither_the_device_nor_the_batches(case, precision):
 
 
 @fp32_and_bf16
-def test_kl_to_itself_is_0_and_to_another_the_same_on_both(case, precision):
+def test_kl_to_itself_is_0_and_to_another_policy_is_equal_on_both(case, precision):
     policy = case.model("cpu")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_kl_to_itself_is_0_and_to_another_the_same_on_both(case, precision):
     assert abs(kl.mean() - want) < 0.05 * want + 0.05
 
 
-def test_a_judge_is_the_same_on_both(case):
+def test_a_reward_is_equal_on_both(case):
     model = RewardModel.from_gpt(case.model("cpu"), 128)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.score.weight, std=0.1)

@@ -1,4 +1,4 @@
-"""The scripts for a GPU machine, run on a CPU at their smallest: each phase ends with exit 0.
+"""The scripts for a GPU machine, run on a CPU with tiny sizes: each phase must end with exit 0.
 
 `check` takes two minutes on two cores, so its test runs only with TEST_GPU_CHECK=1.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def phases(mode: str, folder: Path) -> dict[str, str]:
-    """What gpu_run.sh says of each phase: its name -> its exit code. Results are in folder/out."""
+    """Runs gpu_run.sh. Returns each phase's name -> its exit code. Results are in folder/out."""
     environment = os.environ | dict(GPU_DEVICE="cpu", GPU_SUITE="0", PYTHON=sys.executable,
                                     OUT=str(folder / "out"), WORK=str(folder / "work"))
     run = subprocess.run(["bash", "tests/gpu/gpu_run.sh", mode], cwd=ROOT, env=environment,
