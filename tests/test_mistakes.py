@@ -339,8 +339,9 @@ MISTAKES = {
         given=mine(f"def dpo_loss({DPO_LOSS}): pass")),
 
     "a judge without answers": at_once("--stage judge", "--groups FILE"),
-    **{f"a judge at {url}": at_once(f"--stage judge --groups my.jsonl --judge {url} "
-                                    "--judge-model m", "or the URL of", "OPENAI_API_KEY", given=PAIRS)
+    **{f"a judge at {url}": at_once(
+        f"--stage judge --groups my.jsonl --judge {url} --judge-model m", "or the URL of",
+        "OPENAI_API_KEY", given=PAIRS)
        for url in ("localhost:8000/v1", "r", "http://", "http://a..b/v1", "http://host:x/v1",
                    "ftp://host/v1", "http://me:sk-1@host/v1", "http://host/v1?key=sk-1")},
     "a judge without a model": at_once("--stage judge --groups my.jsonl --judge http://host/v1",

@@ -683,12 +683,14 @@ def test_groups_without_a_ranking_are_left_out_of_plackett_luce(job, tmp_path, c
     assert f"{n - 1} of {n} groups are skipped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, shown", [("unlikelihood", "α 0.5"), ("preferred-ft", "preferred")])
+@pytest.mark.parametrize("stage, shown", [("unlikelihood", "Unlikelihood, α 0.5"),
+                                          ("preferred-ft", "Preferred-FT")])
 def test_dpo_with_another_loss_is_a_stage_of_its_own(chain, copied, stage, shown):
     out = copied("sft", "groups")
     result = command("--stage", stage, *TINY, "--dpo-steps", 1, "--out", out, "--data", chain.data)
     assert result.code == 0 and result.out.count("found in") == 2, result.err
-    assert f"\nπ_θ, {shown} " in result.out
+    assert f"\nπ_θ: {shown}; " in result.out
+    assert "next:    python train.py --stage dpo --preset toy" in result.out, "DPO, to compare"
     assert read_json(folder(out, stage) / "config.json")["settings"]["loss"] == stage
 
 
@@ -705,6 +707,7 @@ def test_the_result_is_the_last_evaluation_and_can_be_computed_again(chain, job)
     h = logps - job.ref_logps[held]
     again |= dict(
         accuracy=np.mean([float(h[g, w] > h[g, l]) for g, w, l in pairs]),
+        logp_accuracy=np.mean([float(logps[g, w] > logps[g, l]) for g, w, l in pairs]),
         logp_chosen=np.mean([float(logps[g, w]) for g, w, _ in pairs]),
         logp_rejected=np.mean([float(logps[g, l]) for g, _, l in pairs]))
     assert again.keys() == result.keys()
@@ -766,7 +769,7 @@ def test_a_finished_stage_is_found_and_nothing_is_written(chain):
         result = command(*TINY, *extra, "--out", chain.out, "--data", chain.data)
         assert result.code == 0 and "making" not in result.out, result.err
         assert re.findall(r"^(\w+): found in", result.out, re.M) == ["sft", "groups", "dpo"]
-        table = chain.text[chain.text.index("reward r*") : chain.text.index("more samples")]
+        table = chain.text[chain.text.index("reward r*") : chain.text.index("samples: ")]
         assert table in result.out, "another table"
     assert files == {path: path.stat().st_mtime_ns for path in chain.out.rglob("*")
                      if path.is_file()}, "a file was written again"
