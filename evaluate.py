@@ -302,11 +302,11 @@ def report(job, stage: str, curves=training_curves) -> None:
     print(f"The one-sample estimate of KL is {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}.\n")
     print("\n\n".join("\n".join(lines) for lines in read_samples(folder)[:4]) + "\n")
     look = "KL, π_θ's distance from π_ref"
-    if best:
+    last = max((p["kl"] for p in optimum if p["ess"] >= 2), default=0)
+    if best is not None and best - before["reward"] > 3 * before["reward_se"]:  # else it is noise
         share = (after["reward"] - before["reward"]) / (best - before["reward"])
         look = f"reward: π_θ has {share:.0%} of the gain that is possible at its KL"
-    elif optimum:
-        last = max((p["kl"] for p in optimum if p["ess"] >= 2), default=0)
+    elif optimum and after["kl"] > last:
         look = f"KL: above {last:.2f} the optimum cannot be estimated, so its reward is \"-\""
     kept = "grammatical" if after["grammatical"] is not None else "repeated"
     print(f"Look first at {look}.\nThen compare {kept} with π_ref's, and look at the curves.")

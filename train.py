@@ -433,8 +433,8 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
     generator = torch.Generator().manual_seed(seed_of(cfg, name, "labels"))  # once for all passes
     uniforms = torch.rand(len(groups.rewards), math.comb(groups.K, 2), generator=generator)
     # [group, w, l]: one draw per pair, so that every pass has the same flipped pairs
-    flips = torch.rand(len(groups.rewards), groups.K, groups.K,
-                       generator=generator) < cfg.label_noise
+    flips = cfg.label_noise and torch.rand(len(groups.rewards), groups.K, groups.K,
+                                           generator=generator) < cfg.label_noise
 
     @functools.lru_cache(4)
     def epoch(number: int) -> np.ndarray:
@@ -444,9 +444,10 @@ def preference_batches(cfg: Settings, groups: data_imdb.Groups, ref_logps, train
         idx, prompt_lens, lengths = pad_rows(*groups.flat(picks))  # (G*K, T), (G*K,), (G*K,)
         rewards = torch.from_numpy(groups.rewards[picks])
         yw_idxs, yl_idxs, p = dpo.label_pairs(rewards, cfg.labels, cfg.label_scale, uniforms[picks])
-        flipped = flips[picks].flatten(0, 1)[yw_idxs, yl_idxs % groups.K]  # (N,)
-        yw_idxs, yl_idxs = (torch.where(flipped, yl_idxs, yw_idxs),
-                            torch.where(flipped, yw_idxs, yl_idxs))
+        if cfg.label_noise:
+            flipped = flips[picks].flatten(0, 1)[yw_idxs, yl_idxs % groups.K]  # (N,)
+            yw_idxs, yl_idxs = (torch.where(flipped, yl_idxs, yw_idxs),
+                                torch.where(flipped, yw_idxs, yl_idxs))
         return dict(idx=idx, prompt_lens=prompt_lens, lengths=lengths, rewards=rewards, p=p,
                     ref_logps=ref_logps[picks].flatten(), yw_idxs=yw_idxs, yl_idxs=yl_idxs)
 

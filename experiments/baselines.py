@@ -167,8 +167,8 @@ def needs_true_reward(cfg: Settings, stage: str, *parents: str) -> list[str]:
 
 
 def all_groups(cfg: Settings, stage: str, parents: list[str]) -> list[str]:
-    needs(cfg.label_noise > 0, "--label-noise works only with --stage dpo; the other losses of "
-          f"--stage {stage} learn from true labels: leave --label-noise out", [])
+    needs(cfg.label_noise > 0, "--label-noise works only with --stage dpo; --stage "
+          f"{stage} also learns from true labels: leave --label-noise out", [])
     return needs(cfg.train_prompts > 0, "--train-prompts works only with --stage dpo; --stage "
                  f"{stage} uses all groups: leave --train-prompts out", parents)
 

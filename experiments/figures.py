@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 # before the slow imports: Ctrl-C during them then prints one sentence
-from support.runs import main_exit, read_json, write_whole
+from support.runs import main_exit, read_json, reading, write_whole
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -152,7 +152,7 @@ def loss_label(name: str) -> str:
 
 def times_dpo(rows: list[dict], name: str, key: str) -> str:
     """A loss's last value over DPO's, smallest and largest of the seeds: "90 to 216"."""
-    last = {(row["weight"], row.get("seed", 0)): row[key] for row in rows}
+    last = {(row["weight"], row["seed"]): row[key] for row in rows}
     ratios = [x / last["sigmoid", seed] for (weight, seed), x in last.items() if weight == name]
     return " to ".join(dict.fromkeys(f"{x:,.{int(x < 10)}f}" for x in (min(ratios), max(ratios))))
 
@@ -176,7 +176,7 @@ def degeneration(rows: list[dict], texts: list[str], path: Path) -> None:
     for ax, key in zip(axes, (key for key in panels if rows[0][key] is not None)):
         runs = {}
         for row in rows:
-            run = loss_label(row["weight"]), row.get("seed", 0)
+            run = loss_label(row["weight"]), row["seed"]
             runs.setdefault(run, []).append((row["step"], row[key]))
         for (label, _), points in runs.items():
             colour, line = looks[label]
@@ -194,7 +194,7 @@ def degeneration(rows: list[dict], texts: list[str], path: Path) -> None:
         colour, _ = looks.get(lines[0].partition(":")[0], ("k", ""))
         strip.text(0, at, "\n".join(lines), color=colour, va="top", fontsize=9, parse_math=False)
         at -= len(lines) / sum(map(len, texts))
-    seeds = len({row.get("seed", 0) for row in rows})
+    seeds = len({row["seed"] for row in rows})
     figure.suptitle(
         f"Without DPO's weight (w = 1) the same loss ends at {times_dpo(rows, 'constant', 'kl')} "
         f"times DPO's KL and {times_dpo(rows, 'constant', 'ref_ppl')} times its perplexity "
@@ -208,8 +208,9 @@ PPO_LOGGED = "reward kl beta explained_variance clip_fraction".split()
 def ppo_curves(folder: Path, reference_json: Path) -> Path:
     """Draw folder/curves.png of a PPO run, like plot_frontier.training_curves for DPO."""
     steps, evals, optimum = read_curves(folder, reference_json, PPO_LOGGED)
-    config = read_json(folder / "config.json")
-    stage, settings = config["about"]["stage"], config["settings"]
+    with reading(folder / "config.json"):
+        config = read_json(folder / "config.json")
+        stage, settings = config["about"]["stage"], config["settings"]
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     axes = figure.subplot_mosaic([["way", "reward", "kl"], ["way", "shares", "beta"]])
     title = run_title(stage, settings) + ": " + reward_against_kl(axes["way"], evals, optimum)

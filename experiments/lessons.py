@@ -21,7 +21,7 @@ from job import Job
 from support import student
 from support.runs import Run, read_json, read_rows, read_text, write_whole
 from support.settings import Settings
-from train import (HELD_OUT, STAGES, Stage, build, is_made, parents_of_groups, score,
+from train import (HELD_OUT, STAGES, Stage, build, is_made, needs, parents_of_groups, score,
                    sequence_logps)
 
 # ------------------------------------------------------------------------------ inspect
@@ -225,7 +225,10 @@ def report_overoptimisation(job: Job) -> None:
 
 STAGES["inspect"] = Stage(inspect, lambda cfg: ["dpo", "groups"], "inspect.json", report_inspect)
 STAGES["degenerate"] = Stage(
-    degenerate, lambda cfg: ["groups", *parents_of_groups(cfg)], "degenerate.json",
+    degenerate, lambda cfg: needs(
+        cfg.labels != "hard" or cfg.loss != "pairwise", "--stage degenerate chooses losses itself "
+        "and takes hard labels: leave --labels and --loss out",
+        ["groups", *parents_of_groups(cfg)]), "degenerate.json",
     report_degenerate, lambda job: make_dpo_runs(job, loss_ablation(job.cfg)))
 STAGES["overoptimisation"] = Stage(
     overoptimisation, lambda cfg: needs_true_reward(cfg, "overoptimisation"),

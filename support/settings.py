@@ -145,7 +145,8 @@ class Settings:
     label_dial: bool = opt("frontier", False, "add DPO on sampled and soft labels, s/β 5 to 50")
     rankings: bool = opt("frontier", False, "add Plackett-Luce DPO")
     temperatures: bool = opt("frontier", False, "add win rates at sampling temperatures 0 to 1")
-    online: bool = opt("frontier", False, "add DPO on fresh groups, labelled by r* and by its r̂")
+    online: bool = opt("frontier", False, "add DPO on fresh groups, labelled by r* and "
+                       "(one seed) by its own r̂")
     # ---- online: dpo, later on groups that π_θ draws
     online_start: int = opt("online", 300, "steps on the stored groups first")
     online_every: int = opt("online", 100, "steps between fresh groups", low=1)

@@ -496,7 +496,7 @@ def test_a_report_says_where_to_look_and_what_to_run_next(chain, job, capsys):
         report(job, stage)
         return capsys.readouterr().out.splitlines()
 
-    job.reference_eval["point"]["reward"] = 0.4
+    job.reference_eval["point"] |= dict(reward=0.4, reward_se=0.001)
     after = read(folder(chain.out, "dpo") / "result.json")
     kls, reward = (0, 2 * after["kl"]), 2 * after["reward"] - 0.4  # twice the gain at its KL
     job.reference_eval["optimum"] = [dict(kl=kl, reward=reward, ess=4) for kl in kls]
@@ -506,6 +506,8 @@ def test_a_report_says_where_to_look_and_what_to_run_next(chain, job, capsys):
     nexts = [line.split("  #")[0] for line in lines if line.startswith("next:")]
     assert nexts == [f"next:    python train.py --stage {name} --out 'my out' --beta 0.5"
                      for name in ("inspect", "degenerate")], "the command's other flags stay"
+    job.reference_eval["point"]["reward_se"] = 1.0
+    assert not any("of the gain" in line for line in said("dpo")), "a share of noise"
     for point in job.reference_eval["optimum"]:
         point["kl"] /= 4
     lines = said("dpo", "--stage", "inspect")
