@@ -281,11 +281,6 @@ def table(points: dict[str, dict], columns: dict[str, tuple] = COLUMNS) -> str:
     return "\n".join([*lines, *textwrap.wrap(meanings + ".", 100, break_on_hyphens=False)])
 
 
-# stage -> the stages to run next and what they show; after any other stage: dpo, to compare
-NEXT = {"dpo": {"inspect": "which pairs were pushed, and how hard",
-                "degenerate": "what happens without DPO's weight, and without π_ref"}}
-
-
 def report(job, stage: str, curves=training_curves) -> None:
     """Print a finished run's table, four samples, files, and what to run next; draw its curves."""
     folder, reference_eval = job.folder(stage), job.reference_eval
@@ -315,7 +310,10 @@ def report(job, stage: str, curves=training_curves) -> None:
         curves(folder, job.folder("groups") / "reference.json")
     print(f"curves:  {folder / 'curves.png'}")
     command, flags = STAGE.parse_known_args(job.command)
-    if command.stage == stage:  # not if another stage has made it
-        for name, why in NEXT.get(stage, {"dpo": "DPO, to compare"}).items():
-            words = shlex.join(["python", "train.py", "--stage", name, *flags])
-            print(f"next:    {words}  # {why}")
+    runs = {"dpo": "DPO, to compare"}
+    if stage == "dpo":
+        runs = {"inspect": "which pairs were pushed, and how hard"}
+        if (job.cfg.loss, job.cfg.labels) == ("pairwise", "hard"):  # degenerate refuses others
+            runs["degenerate"] = "what happens without DPO's weight, and without π_ref"
+    for name, why in runs.items() if command.stage == stage else ():  # not of a stage's parents
+        print(f"next:    {shlex.join(['python', 'train.py', '--stage', name, *flags])}  # {why}")

@@ -388,7 +388,8 @@ def reward_against_kl(ax, evals: list[dict], optimum: list[dict]) -> str:
         ax.plot(*zip(*best), "k-", lw=3, label="optimum, Eq. 4")
     plot_points(ax, evals, "dpo", ls="-", ms=6, capsize=3, label="samples on held-out prompts")
     ax.annotate(f"step {last['step']}", (last["kl"], last["reward"]), (0, -16), ha="center",
-                textcoords="offset points", fontsize=9)
+                textcoords="offset points", fontsize=9,
+                bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
     ax.set(title="The nearer to the optimum, the better", xlabel=KL, ylabel=REWARD,
            xscale="symlog" if end > 20 else "linear")
     return f"reward {first['reward']:.3f} → {last['reward']:.3f} at KL {last['kl']:.3g} nats"

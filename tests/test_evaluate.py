@@ -4,6 +4,7 @@ shows the numbers of the files."""
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -506,6 +507,9 @@ def test_a_report_says_where_to_look_and_what_to_run_next(chain, job, capsys):
     nexts = [line.split("  #")[0] for line in lines if line.startswith("next:")]
     assert nexts == [f"next:    python train.py --stage {name} --out 'my out' --beta 0.5"
                      for name in ("inspect", "degenerate")], "the command's other flags stay"
+    job.folder = {name: job.folder(name) for name in ("dpo", "groups")}.get
+    job.cfg = replace(job.cfg, labels="soft")
+    assert not any("degenerate" in line for line in said("dpo")), "it takes hard labels alone"
     job.reference_eval["point"]["reward_se"] = 1.0
     assert not any("of the gain" in line for line in said("dpo")), "a share of noise"
     for point in job.reference_eval["optimum"]:

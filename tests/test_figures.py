@@ -139,7 +139,7 @@ def test_degeneration_shows_each_loss_on_each_seed_with_a_sample(tmp_path):
 
 
 def test_degeneration_without_a_true_reward_shows_four_other_measures(tmp_path):
-    rows = [{k: x for k, x in row.items() if k != "seed"} | dict(reward=None, grammatical=None)
+    rows = [row | dict(reward=None, grammatical=None)
             for row in degeneration_rows(["sigmoid", "constant"], [0])]
     figure = saved_by(lambda: degeneration(rows, ["prompt: x"], tmp_path / "degenerate.png"))
     assert [ax.get_title() for ax in figure.axes[:4]] == [
