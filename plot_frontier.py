@@ -125,6 +125,21 @@ def means(counts, values) -> np.ndarray:
     return counts @ np.asarray(values).T / counts.sum(-1, keepdims=True)
 
 
+def fold_counts(P: int, bootstrap: int = 0, rng=None) -> np.ndarray:
+    """How often each prompt counts outside and inside each fold: (2, F, 1 + bootstrap, P).
+
+    Replicate 0 is the sample itself. In the others `rng` draws each fold's prompts again.
+    """
+    F = min(FOLDS, P)
+    folds = np.zeros((F, 1 + bootstrap, P))
+    for i, fold in enumerate(folds):
+        n = len(range(i, P, F))
+        fold[0, i::F] = 1
+        if bootstrap:
+            fold[1:, i::F] = rng.multinomial(n, np.full(n, 1 / n), bootstrap)
+    return np.stack([folds.sum(0) - folds, folds])
+
+
 def cross_fit(kl, reward, start, at, ideal: bool) -> np.ndarray:
     """The gain over π_ref at KLs `at` (m,): of a method's best mixtures, or (ideal) of its points.
 
@@ -175,8 +190,7 @@ def plot_shares(ax, points: list[dict], shown: dict[str, list[dict]]) -> None:
     """Draw each method's (r - r_ref) / (r_opt - r_ref), cross-fitted as in the table, at KLs where
     the optimum is reliable. Near KL 0 both gains vanish, so nothing is drawn there."""
     P, best = len(points[0]["kls"]), reliable_optimum(points)
-    inside = np.arange(P) % FOLDS == np.arange(min(FOLDS, P))[:, None]  # (F, P)
-    counts = np.stack([~inside, inside]).astype(float)
+    counts = fold_counts(P)[:, :, 0]  # (2, F, P)
     start = means(counts, [reference(points)["rewards"]])[..., 0]
     at = np.arange(30, 100 * max((p["kl"] for p in best), default=0), 5) / 100
 
@@ -185,10 +199,11 @@ def plot_shares(ax, points: list[dict], shown: dict[str, list[dict]]) -> None:
         kl, reward = means(counts, x[:, 0]), means(counts, x[:, 1])
         return np.where(at > x[:, 0].mean(1).max(), np.nan, cross_fit(kl, reward, start, at, ideal))
 
+    largest = gain(best, ideal=True) if best else None
     for method, mine in shown.items():
         if best and method != "sft":
             _, colour, _, line = STYLES[method]
-            ax.plot(at, gain(mine) / gain(best, ideal=True), color=colour, ls=line, lw=1.8)
+            ax.plot(at, gain(mine) / largest, color=colour, ls=line, lw=1.8)
     ax.axhline(1, color="k", lw=3)
     ax.set(xlabel=KL, ylabel="(r - r_ref) / (r_opt - r_ref)",
            title="Who is ahead: share of the optimal gain")

@@ -88,6 +88,16 @@ def two_sentences(impl, number: str, question: str) -> None:
                                 f"{len(sentences)}: {question}"
 
 
+def predicted_order(impl, number: str, names) -> list:
+    """PREDICTION: all of `names`, by KL, from the least to the most."""
+    __tracebackhide__ = True
+    said = committed(impl, "PREDICTION", number, "before you train, commit the order of "
+                     f"{list(names)} by KL, from the least to the most")
+    assert sorted(said) == sorted(names), f"PREDICTION is {said}: give each of {list(names)} " \
+        "once, from the least KL to the most"
+    return said
+
+
 def in_order(said: list, points: dict, what: str, why: str) -> None:
     """Along the predicted order the measured KL rises, or stays within twice its errors.
 

@@ -1,17 +1,15 @@
 """Checks of exercise 08: a committed order, then the measured KL of each β."""
 
 from ex08_order_the_frontier import BETAS, QUESTION, measured
-from grading import committed, in_order, two_sentences
+from grading import in_order, predicted_order, two_sentences
 
 
 def test_the_prediction_is_an_order(impl):
-    said = prediction(impl)
-    assert sorted(said) == sorted(BETAS), f"PREDICTION is {said}: give each of {list(BETAS)} " \
-        "once, from the least KL to the most"
+    predicted_order(impl, "08", BETAS)
 
 
 def test_the_measurement_agrees(impl, runs):
-    said, points = prediction(impl), measured(runs)
+    said, points = predicted_order(impl, "08", BETAS), measured(runs)
     for beta in BETAS:
         assert beta in points, f"exercise 08: there is no finished run with β = {beta:g} in " \
             f"{runs}: run  python train.py --preset toy --stage dpo --beta {beta:g}"
@@ -20,8 +18,3 @@ def test_the_measurement_agrees(impl, runs):
 
 def test_two_sentences(impl):
     two_sentences(impl, "08", QUESTION)
-
-
-def prediction(impl) -> list:
-    return committed(impl, "PREDICTION", "08", f"before you train, commit the order of "
-                     f"{list(BETAS)} by KL, from the least to the most")

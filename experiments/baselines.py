@@ -113,9 +113,9 @@ def best_of_n(job: Job, run: Run) -> None:
     """Draw K samples of π_ref per test prompt and score them by r* and by r_φ.
 
     samples.pt holds rewards (P, K): r*; learned (P, K): r_φ; completions: the first KEPT of each
-    prompt, which r̂ scores later; valid (validation prompts, optimum_samples): r* of π_ref's samples
-    for the validation prompts. samples.txt shows, for each prompt, the best by r_φ of the first
-    KEPT.
+    prompt, which r̂ scores later; valid (validation prompts, optimum_samples): r* of π_ref's
+    samples for the validation prompts. samples.txt shows, for each prompt, the best by r_φ of the
+    first KEPT.
     """
     K, cfg, reference_eval = job.cfg.best_of, job.cfg, job.reference_eval
     prompts = [p for p in reference_eval["prompts"] for _ in range(K)]

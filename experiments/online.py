@@ -100,8 +100,8 @@ def online_parents(cfg: Settings) -> list[str]:
     all_groups(cfg, "online", [])
     needs(cfg.online_labels == "r*" and bool(cfg.groups), "--groups names a preference file, and "
           "there is no r* for fresh completions: give --online-labels self", [])
-    return needs(cfg.online_labels == "self" and cfg.online_start == 0, "at π_ref every r̂ is 0 and "
-                 "labels no pair: give an --online-start above 0",
+    return needs(cfg.online_labels == "self" and cfg.online_start == 0, "at π_ref every r̂ is 0 "
+                 "and labels no pair: give an --online-start above 0",
                  ["groups", *parents_of_groups(cfg)])
 
 

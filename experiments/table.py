@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from plot_frontier import (FOLDS, STYLES, caption, cross_fit, kl_range, means, reference,
+from plot_frontier import (STYLES, caption, cross_fit, fold_counts, kl_range, means, reference,
                            reliable_optimum, series)
 
 IDEALS = ("optimum", "score-tilt")  # computed from π_ref's samples: no policy is trained
@@ -62,13 +62,7 @@ def table(points: list[dict], bootstrap: int = 1000, seed: int = 0) -> list[dict
     """
     kls = kl_range(points[0]["preset"])[0]
     at, P, rng, rows = np.array(kls, float), len(points[0]["kls"]), np.random.default_rng(seed), []
-    F = min(FOLDS, P)
-    folds = np.zeros((F, 1 + bootstrap, P))  # the first replicate is the sample itself
-    for i, fold in enumerate(folds):
-        n = len(range(i, P, F))
-        fold[0, i::F] = 1
-        fold[1:, i::F] = rng.multinomial(n, np.full(n, 1 / n), bootstrap)
-    counts = np.stack([folds.sum(0) - folds, folds])  # outside and inside each fold
+    counts = fold_counts(P, bootstrap, rng)
     start = means(counts, [reference(points)["rewards"]])[..., 0]  # (2, F, R)
     best = np.full((1 + bootstrap, len(at)), np.nan)  # the optimum's gain
     others = sorted({p["method"] for p in points} - {*STYLES, *IDEALS})
