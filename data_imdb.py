@@ -250,7 +250,8 @@ def load(corpus: str, vocab: str | int, folder: Path, reviews: int, seed: int,
     of the reviews, so other settings never read its files. UserError if a file has changed since.
     """
     if reviews < (20 if corpus == "toy" else 0):
-        raise UserError(f"got {reviews} reviews, wanted 20 or more (on imdb, 0 for all)")
+        raise UserError(f"got {reviews} reviews, wanted 20 or more (on imdb, 0 for all): give "
+                        "--reviews")
     path = Path(os.environ["IMDB_PATH"]) if os.environ.get("IMDB_PATH") else None
     source = (file_hash(toy_reviews.__file__) if corpus == "toy" else
               imdb_archive.reviews_hash(path) if path else imdb_archive.REVIEWS)

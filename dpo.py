@@ -508,14 +508,14 @@ def baseline_rows(world: World) -> Iterator[Row]:
 def print_rows(rows: Iterable[Row]) -> int:
     """Prints each claim with its residual, tolerance and verdict; returns 1 if any fails, or 0."""
     started, failed = time.perf_counter(), 0
-    print(f"{'':<14}{'claim':<62}{'residual':>9}{'tolerance':>11}")
+    print(f"{'':<14}{'claim':<60}{'residual':>9}{'tolerance':>11}")
     for equation, claim, residual, tolerance in rows:
         if tolerance is None:
-            print(f"{equation:<14}{claim:<62}{residual:>9.3f}{'':>11}  measured, no claim")
+            print(f"{equation:<14}{claim:<60}{residual:>9.3f}  measured, no claim")
             continue
         verdict = "pass" if residual <= tolerance else "FAIL"  # NaN fails
         failed += verdict == "FAIL"
-        print(f"{equation:<14}{claim:<62}{residual:>9.1e}{tolerance:>11.2g}  {verdict}")
+        print(f"{equation:<14}{claim:<60}{residual:>9.1e}{tolerance:>11.2g}  {verdict}")
     print(f"{failed} failed; {time.perf_counter() - started:.1f} s")
     return int(failed > 0)
 

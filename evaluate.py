@@ -14,7 +14,7 @@ import torch
 
 from dpo import completion_mask, kl_divergence, optimal_policy, preference_pairs
 from gpt import BLOCK_BYTES, GPT, length_buckets, pad_rows
-from plot_frontier import run_title, training_curves
+from support.curves import training_curves
 from support.runs import read_json, read_text, write_whole
 from support.settings import STAGE
 
@@ -224,30 +224,31 @@ def correlation(implicit, rewards) -> float:
 
 # ------------------------------------------------------------------------------ what a run prints
 
+def one_line(enc, ids) -> str:
+    """The text of token ids without <|endoftext|>. A line break is written as ⏎."""
+    return "⏎".join(enc.decode([t for t in ids if t != enc.eot_token]).splitlines())
+
+
 def write_samples(job, run, point: dict, n: int = 24) -> None:
     """Write samples.txt: completions of the same prompts by π_ref and π_θ, from the same uniforms.
 
-    Each prompt has three lines and an empty one. A line break inside a text is written as ⏎.
+    Each prompt has three lines and an empty one.
     """
-    enc, eot, lines = job.data.enc, job.data.eot, []
-
-    def text(ids):
-        return "⏎".join(enc.decode([t for t in ids if t != eot]).splitlines())
-
+    enc, lines = job.data.enc, []
     for i, prompt in enumerate(job.reference_eval["prompts"][:n]):
-        lines.append(f"prompt:  {text(prompt)}")
+        lines.append(f"prompt:  {one_line(enc, prompt)}")
         for name, of in (("before", job.reference_eval["point"]), ("after", point)):
             ids = of["completions"][i]
             worth = f"{of['rewards'][i]:.2f}" if "rewards" in of else "-"
-            lines.append(f"{name + ':':<8} r* {worth} |{text(ids)}{'' if ids[-1] == eot else ' …'}")
+            end = "" if ids[-1] == enc.eot_token else " …"
+            lines.append(f"{name + ':':<8} r* {worth} |{one_line(enc, ids)}{end}")
         lines.append("")
     write_whole(run.path("samples.txt"), lambda file: file.write("\n".join(lines).encode()))
 
 
-def read_samples(folder) -> list[list[str]]:
-    """The lines of each prompt in a folder's samples.txt."""
-    text = read_text(folder / "samples.txt").strip("\n")
-    return [block.split("\n") for block in text.split("\n\n")]
+def read_samples(path) -> list[list[str]]:
+    """The lines of each prompt in a file of samples."""
+    return [block.split("\n") for block in read_text(path).strip("\n").split("\n\n")]
 
 
 COLUMNS = {  # title: a point's key, digits, meaning
@@ -272,16 +273,16 @@ def table(points: dict[str, dict], columns: dict[str, tuple] = COLUMNS) -> str:
         for key, digits, _ in columns.values():
             value, se = point.get(key), point.get(key + "_se")
             error = f" ±{se:.{digits}f}" if se else ""
-            rows[-1].append(f"{value:.{digits}f}{error}" if value is not None else
-                            "-" * (key in point))
+            rows[-1].append("-" * (key in point) if value is None else
+                            f"{round(value, digits) + 0:.{digits}f}{error}")  # + 0: no "-0.000"
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-             for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0] + row[0].count("\u0302")),  # r̂'s hat has no width
+                        *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     meanings = "; ".join(f"{title}: {meaning}" for title, (*_, meaning) in columns.items())
     return "\n".join([*lines, *textwrap.wrap(meanings + ".", 100, break_on_hyphens=False)])
 
 
-def report(job, stage: str, curves=training_curves) -> None:
+def report(job, stage: str) -> None:
     """Print a finished run's table, four samples, files, and what to run next; draw its curves."""
     folder, reference_eval = job.folder(stage), job.reference_eval
     before, after = reference_eval["point"], read_json(folder / "result.json")
@@ -290,12 +291,12 @@ def report(job, stage: str, curves=training_curves) -> None:
     points = {"π_ref": before, "π_θ": after}
     if optimum:
         points["optimum at that KL"] = dict(reward=best, kl=after["kl"])
-    print(f"\nπ_θ: {run_title(stage, vars(job.cfg))}; {after['samples']} held-out prompts, ± one "
-          f"standard error\n{table(points)}")
+    title = f"π_θ: {job.title(stage)}; {after['samples']} held-out prompts, ± one standard error"
+    print("", *textwrap.wrap(title, 100), table(points), sep="\n")
     if optimum:
         print("The optimum is the largest reward that any policy can have at that KL (Eq. 4).")
     print(f"The one-sample estimate of KL is {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}.\n")
-    print("\n\n".join("\n".join(lines) for lines in read_samples(folder)[:4]) + "\n")
+    print("\n\n".join(map("\n".join, read_samples(folder / "samples.txt")[:4])) + "\n")
     look = "KL, π_θ's distance from π_ref"
     last = max((p["kl"] for p in optimum if p["ess"] >= 2), default=0)
     if best is not None and best - before["reward"] > 3 * before["reward_se"]:  # else it is noise
@@ -307,7 +308,7 @@ def report(job, stage: str, curves=training_curves) -> None:
     print(f"Look first at {look}.\nThen compare {kept} with π_ref's, and look at the curves.")
     print(f"samples: {folder / 'samples.txt'}")
     if not (folder / "curves.png").exists():  # drawn here: a sweep's runs need none
-        curves(folder, job.folder("groups") / "reference.json")
+        training_curves(folder, job.folder("groups") / "reference.json")
     print(f"curves:  {folder / 'curves.png'}")
     command, flags = STAGE.parse_known_args(job.command)
     runs = {"dpo": "DPO, to compare"}

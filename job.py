@@ -23,7 +23,7 @@ from support import ranks
 from support.hf_gpt2 import GPT2_SIZES
 from support.preference_files import read_preferences
 from support.runs import Run, UserError, load_tensors, read_json
-from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_name
+from support.settings import OTHER_LOSSES, PRESETS, SETTINGS_OF, Settings, run_name, run_title
 from support.tokenizer_files import read_tokenizer, save_tiktoken, tokens_of
 
 
@@ -85,19 +85,25 @@ class Job:
         dtype = HALF.get(self.cfg.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def folder(self, stage: str) -> Path:
+    def defaults(self, stage: str) -> Settings:
+        """The preset with what the device and the stage decide."""
         base = replace(PRESETS[self.preset], precision=self.auto)
-        base = replace(base, loss=stage) if stage in OTHER_LOSSES else base
-        return self.root / (stage + run_name(self.cfg, base, SETTINGS_OF[stage]))
+        return replace(base, loss=stage) if stage in OTHER_LOSSES else base
+
+    def folder(self, stage: str) -> Path:
+        return self.root / (stage + run_name(self.cfg, self.defaults(stage), SETTINGS_OF[stage]))
+
+    def title(self, stage: str) -> str:
+        return run_title(stage, self.cfg, self.defaults(stage))
 
     def about(self, stage: str) -> dict:
         """What a run records about its command and machine. This is not part of its identity."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else \
             f"{platform.processor() or platform.machine()} CPU"
-        return dict(stage=stage, command=self.command, preset=self.preset, device=device,
-                    threads=torch.get_num_threads(), processes=ranks.WORLD,
-                    torch=torch.__version__, python=platform.python_version(),
-                    started=time.strftime("%Y-%m-%d %H:%M:%S"))
+        return dict(stage=stage, title=self.title(stage), command=self.command,
+                    preset=self.preset, device=device, threads=torch.get_num_threads(),
+                    processes=ranks.WORLD, torch=torch.__version__,
+                    python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def read_given(self, stages: set[str]) -> None:
         """Read the files that a user gave to these stages, to report their errors at once."""

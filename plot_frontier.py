@@ -1,28 +1,28 @@
-"""Draws Figure 2 (the reward-KL frontier) and the training curves of a DPO run from JSONL files.
+"""Draws Figure 2, the reward-KL frontier, from a frontier.jsonl.
 
     python plot_frontier.py out/toy/frontier                       frontier.png and frontier.svg
     python plot_frontier.py out/toy/dpo --groups out/toy/groups    curves.png
 
-Needs numpy and matplotlib alone: it reads what the runs have written. The table and all other
-figures stand in experiments/table.py and experiments/figures.py.
+Needs numpy and matplotlib alone: it reads what the runs have written. A run's training curves stand
+in support/curves.py, the table and all other figures in experiments/table.py and
+experiments/figures.py.
 
 n points, m values of KL, F folds of the P prompts.
 """
 
 import argparse
-import math
 import sys
 import textwrap
 from pathlib import Path
 
 # before the slow imports: Ctrl-C during them then prints one sentence
-from support.runs import UserError, main_exit, read_json, reading, write_whole
+from support.runs import UserError, main_exit, reading
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot: it draws to files and opens no window
 
-from support.points import number, read_curves, read_points, setting_value
+from support.curves import KL, REWARD, save_figure, training_curves
+from support.points import read_points, setting_value
 
 STYLES = {  # method: label, colour, marker, line; the colours also differ when printed in grey
     "dpo": ("DPO", "#00205c", "o", "-"),
@@ -40,7 +40,6 @@ STYLES = {  # method: label, colour, marker, line; the colours also differ when 
     "dpo-online": ("online DPO (labels by r*)", "#a3101f", "^", "-."),
     "dpo-self": ("online DPO (labels by its own r̂)", "#f78b43", "s", "--")}
 FOLDS = 5  # parts of the prompts: mixtures are chosen on four of them and measured on the fifth
-KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, from 0 to 1"
 
 
 # ------------------------------------------------------------------------------ the points
@@ -281,148 +280,16 @@ def caption(points: list[dict]) -> str:
             " the pairs are the same in all runs.")
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 130) -> Path:
-    """Write a PNG or an SVG, by the path's suffix. Equal figures give equal bytes."""
-    kind = dict(metadata={"Date": None}) if path.suffix == ".svg" else dict(dpi=dpi)
-    with rc_context({"svg.hashsalt": "frontier"}):
-        write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], **kind))
-    return path
-
-
-# ------------------------------------------------------------------------------ training curves
-
-LOGGED = [*"loss margin reward_chosen reward_rejected accuracy".split(),
-          *(f"weight_{p}" for p in (5, 25, 50, 75, 95))]  # in every step's row
-
-
-def run_title(stage: str, settings: dict) -> str:
-    """The run's method and its settings that differ from plain DPO: "DPO, β 1.6, labels soft"."""
-    key, value = stage, "β {beta:g}"
-    if stage == "online":
-        key = "dpo-online" if settings["online_labels"] == "r*" else "dpo-self"
-    elif stage in ("ppo", "ppo-gt"):
-        value = "KL steered to {ppo_target:g}" if settings["ppo_target"] else "β {ppo_beta:g}"
-    elif stage != "dpo":
-        value = {"unlikelihood": "α {alpha:g}"}.get(stage, "")
-    plain = dict(loss="pairwise", weight="sigmoid", labels="hard", label_scale=10.0,
-                 label_noise=0.0, train_prompts=0, dpo_module="", run_seed=0, seed=0)
-    others = [f"{name} {settings[name]}" for name, usual in plain.items()
-              if settings.get(name, usual) not in (usual, stage)]
-    return ", ".join(filter(None, [STYLES[key][0], value.format(**settings), *others]))
-
-
-def training_curves(folder: Path, reference_json: Path) -> Path:
-    """Draw folder/curves.png of a DPO run: reward against KL, and four panels over the steps.
-
-    reference_json: the groups' file. UserError if the folder holds no DPO run, or a damaged one.
-    """
-    steps, evals, optimum = read_curves(folder, reference_json, LOGGED)
-    with reading(folder / "config.json"):
-        config = read_json(folder / "config.json")
-        settings, stage = config["settings"], config["about"]["stage"]
-        title, beta, loss = run_title(stage, settings), number(settings["beta"]), settings["loss"]
-    for row in steps:  # r̂ / β; the loss without π_ref has r̂ = β log π
-        row |= dict(gap=row["margin"] / beta, chosen=row["reward_chosen"] / beta,
-                    rejected=row["reward_rejected"] / beta)
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    axes = figure.subplot_mosaic([["way", "loss", "log"], ["way", "weight", "accuracy"]])
-    title += ": " + reward_against_kl(axes["way"], evals, optimum)
-    unit = "ranking" if loss == "plackett-luce" else "pair"
-    plot_steps(axes["loss"], steps, "Loss", f"nats per {unit}", [("loss", "training", "C0-")])
-    start = steps[0]["loss"]
-    known = {"pairwise": ("log 2", math.log(2)),
-             "plackett-luce": ("log K!", math.lgamma(1 + settings["num_completions"]))}
-    name, value = known.get(loss, ("", math.inf))
-    name = f" = {name}" * math.isclose(start, value, abs_tol=1e-3)
-    axes["loss"].axhline(start, color="grey", ls=":",
-                         label=f"first step, π = π_ref: {round(start, 4) + 0:g}{name}")
-    plot_steps(axes["log"], steps, "At the end", "r̂/β = log π" +
-               " - log π_ref" * (loss != "reference-free") + ", nats", [
-                   ("gap", "gap", "C0-."), ("chosen", "chosen", "C2-"),
-                   ("rejected", "rejected", "C3--")])
-    weight_panel(axes["weight"], steps)
-    plot_steps(axes["accuracy"], steps, "Pairs that r̂ puts in order", "share of pairs",
-               [("accuracy", "pairs of the batch", "C0-")])
-    measured = [e for e in evals if e["accuracy"] is not None]
-    axes["accuracy"].plot([e["step"] for e in measured], [e["accuracy"] for e in measured], "ko",
-                          ms=5, label="held-out pairs")
-    return save_curves(figure, folder, title)
-
-
-def save_curves(figure: Figure, folder: Path, title: str) -> Path:
-    """Add grids, legends, the title and the folder's name, and write folder/curves.png."""
-    for ax in figure.axes:
-        high = ax.get_subplotspec().rowspan.stop - ax.get_subplotspec().rowspan.start
-        ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16 / high))
-        ax.grid(alpha=0.25)
-    name = "/".join(folder.resolve().parts[-2:])
-    texts = (title, 100), (f"{name}: lines without marks are running means over a twentieth of the "
-                           "run", 210)
-    title, caption = ("\n".join(textwrap.wrap(  # what is not printable cannot be drawn
-        "".join(c if c.isprintable() else "_" for c in text), width)) for text, width in texts)
-    figure.suptitle(title, fontsize=14, parse_math=False)
-    figure.supxlabel(caption, fontsize=8.5, x=0.01, ha="left", parse_math=False)
-    return save_figure(figure, folder / "curves.png", dpi=120)
-
-
-def plot_steps(ax, steps: list[dict], title: str, ylabel: str, lines) -> None:
-    """Draw logged columns over the steps: lines of (key, label, style). The title names the first
-    and the last value of a single line, or the last values of several lines."""
-    ends = []
-    for key, label, style in lines:
-        values = smooth([r[key] for r in steps])
-        ax.plot([r["step"] for r in steps], values, style, label=label)
-        ends.append(f"{label} {values[-1]:.3g}")
-    if len(lines) == 1:
-        ends = [f"{values[0]:.3g} → {values[-1]:.3g}"]
-    ax.set_title(f"{title}: {', '.join(ends)}", fontsize=10.5)
-    ax.set(xlabel="step", ylabel=ylabel)
-
-
-def weight_panel(ax, steps: list[dict]) -> None:
-    """Draw quantiles of the batch's importance weights over the steps."""
-    plot_steps(ax, steps, "Median weight of a pair", "importance weight w(m), m = β gap",
-               [("weight_50", "median", "C0-")])
-    for low, high, shade in ((5, 95, 0.2), (25, 75, 0.35)):
-        ax.fill_between([r["step"] for r in steps],
-                        *(smooth([r[f"weight_{p}"] for r in steps]) for p in (low, high)),
-                        color="C0", alpha=shade, lw=0, label=f"{low} to {high} % of pairs")
-
-
-def reward_against_kl(ax, evals: list[dict], optimum: list[dict]) -> str:
-    """Draw the evaluations, joined in the order of the steps, and the optimum. Without r*, draw KL
-    over the steps. Returns the first and last values as text."""
-    first, last = evals[0], evals[-1]
-    if last["reward"] is None:
-        step, kl, error = ([e[key] for e in evals] for key in ("step", "kl", "kl_se"))
-        ax.errorbar(step, kl, error, fmt="C0o-", capsize=3, label="samples on held-out prompts")
-        ax.set(title="How far π_θ goes from π_ref", xlabel="step", ylabel=KL, ylim=(0, None))
-        return f"KL 0 → {last['kl']:.3g} nats"
-    end = max(e["kl"] for e in evals)
-    if best := [(p["kl"], p["reward"]) for p in optimum if p["kl"] <= 1.3 * end]:
-        ax.plot(*zip(*best), "k-", lw=3, label="optimum, Eq. 4")
-    plot_points(ax, evals, "dpo", ls="-", ms=6, capsize=3, label="samples on held-out prompts")
-    ax.annotate(f"step {last['step']}", (last["kl"], last["reward"]), (0, -16), ha="center",
-                textcoords="offset points", fontsize=9,
-                bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
-    ax.set(title="The nearer to the optimum, the better", xlabel=KL, ylabel=REWARD,
-           xscale="symlog" if end > 20 else "linear")
-    return f"reward {first['reward']:.3f} → {last['reward']:.3f} at KL {last['kl']:.3g} nats"
-
-
-def smooth(values: list[float]) -> np.ndarray:
-    """A running mean over a twentieth of the run. The window is shorter at both ends."""
-    kernel = np.ones(2 * (len(values) // 40) + 1)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
+# ------------------------------------------------------------------------------ the command
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Draw Figure 2 from a frontier's folder, or the training curves of a dpo run.")
+        description="Draw Figure 2 from a frontier's folder, or the training curves of a run.")
     parser.add_argument("path", nargs="?", type=Path, default=Path("out/toy/frontier"),
-                        help="a frontier.jsonl, its folder, or a dpo run's (default: %(default)s)")
+                        help="a frontier.jsonl, its folder, or the folder of a dpo or ppo run "
+                        "(default: %(default)s)")
     parser.add_argument("--groups", type=Path, default=Path("out/toy/groups"),
-                        help="the groups that the dpo run learned from (default: %(default)s)")
+                        help="the groups that the run learned from (default: %(default)s)")
     args = parser.parse_args(argv)
     with reading(args.path):
         folder = args.path if args.path.is_dir() else args.path.parent

@@ -489,7 +489,8 @@ def preference_loss(cfg: Settings):
         else:
             losses, rewards = dpo.weighted_loss(pi_logps, ref_logps, yw, yl, cfg.beta, weight)
         if not losses.requires_grad:  # possible in a student's dpo_loss
-            raise UserError("the losses have no gradient: they must be computed from pi_logps")
+            raise student.CodeError(f"{cfg.dpo_module}: the losses have no gradient; compute them "
+                                    "from pi_logps")
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
         return losses.sum(), dict(
             accuracy=pairwise_accuracy(rewards[yw], rewards[yl]), margin=margin,
@@ -566,12 +567,18 @@ def dpo_stage(job: Job, run: Run, fresh_groups=None) -> None:
         fresh = fresh_groups and fresh_groups(job, policy, stored)
         batches, loss_fn = (student.blamed(f, cfg.dpo_module)
                             for f in (fresh or stored, preference_loss(cfg)))
-        point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
-                    warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
-                    grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
-                    check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
-                    unit="groups" if cfg.loss == "plackett-luce" else "pairs",
-                    more_parts=fresh and dict(fresh=fresh))
+        try:
+            point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
+                        warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule,
+                        optimizer=cfg.dpo_optimizer, grad_clip=cfg.grad_clip,
+                        evaluate_every=cfg.eval_every, evaluation=evaluation,
+                        check=starts_at_reference(cfg, groups.K),
+                        unit="groups" if cfg.loss == "plackett-luce" else "pairs",
+                        more_parts=fresh and dict(fresh=fresh))
+        except Diverged as error:
+            if not cfg.dpo_module:
+                raise
+            raise student.CodeError(f"{error}; or the mistake is in {cfg.dpo_module}") from error
     finish_method(job, run, policy, point)
 
 
@@ -687,13 +694,13 @@ def unfinished(job: Job, stage: str) -> set[str]:
 
 def main(argv=None) -> None:
     began = time.perf_counter()
-    stage, preset, reason, cfg = parse(argv, torch.cuda.is_available())
+    stage, preset, headline, cfg = parse(argv, torch.cuda.is_available())
     if ranks.WORLD > 1 and stage not in PARALLEL:
         raise UserError(f"--stage {stage} runs in one process (a frontier uses all GPUs by itself):"
                         " start it without torchrun")
     job = Job(preset, cfg, sys.argv[1:] if argv is None else list(argv))
     ranks.start(job.device.type == "cuda")
-    print(f"preset {preset} ({reason}); stage {stage}", flush=True)
+    print(headline, flush=True)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     student.load_weight(cfg.weight, dpo.WEIGHTS)  # a user's input is checked before hours of work

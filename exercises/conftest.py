@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter, config):
             number, name = found.groups()
             if name == MEASUREMENT:
                 notes[number] = "" if check in green else \
-                    "; the prediction is not confirmed, which costs no mark"
+                    "; the prediction was not measured or not confirmed: no mark is lost"
             else:
                 marks.setdefault(number, []).append(check in green)
     terminalreporter.section("marks: green checks of all")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import dpo
-from evaluate import pairwise_accuracy, rank_correlation, write_samples
+from evaluate import held_out_measures, rank_correlation, table, write_samples
 from gpt import pad_rows
 from job import Job, seed_of
 from reward import ModelReward, RewardModel
@@ -38,8 +38,7 @@ def rm(job: Job, run: Run) -> None:
 
     def evaluation(model) -> dict:
         scores, r = score_groups(job, model, held), torch.from_numpy(groups.rewards[held])
-        yw, yl, _ = dpo.preference_pairs(r)
-        accuracy = float(pairwise_accuracy(scores.flatten()[yw], scores.flatten()[yl]).mean())
+        accuracy = held_out_measures(scores.flatten(), 0, r)["accuracy"]  # r_φ has no reference
         measures = dict(accuracy=accuracy, rank_correlation=rank_correlation(scores, r),
                         sd=float(scores.std()))  # not finite if r_φ has diverged
         if not best.exists() or accuracy > load_tensors(best)["accuracy"]:
@@ -95,7 +94,7 @@ def score_groups(job: Job, model: RewardModel, picks) -> torch.Tensor:
 def report_rm(job: Job) -> None:
     report = read_json(job.folder("rm") / "report.json")
     print(f"r_φ orders {report['accuracy']:.1%} of held-out pairs correctly; rank correlation "
-          f"within a prompt {report['rank_correlation']:.3f}; over π_ref's samples mean 0, "
+          f"within a prompt {report['rank_correlation']:.3f};\nover π_ref's samples mean 0, "
           f"standard deviation {report['sd']:.2f}")
 
 
@@ -151,12 +150,15 @@ def best_of_kl(N: int) -> float:
 
 
 def report_best_of_n(job: Job) -> None:
-    state = load_tensors(job.folder("best-of-n") / "samples.pt")
-    print("Best-of-N: an upper bound on its KL; mean r* of the sample chosen by r*, and by r_φ")
+    state, points = load_tensors(job.folder("best-of-n") / "samples.pt"), {}
     for N in (n for n in (1, 4, 16, 64) if n <= job.cfg.best_of):
-        best, learned = (float(expected_best(state[key], state["rewards"], N).mean())
-                         for key in ("rewards", "learned"))
-        print(f"  N {N:<4} {best_of_kl(N):.2f} nats   {best:.3f}   {learned:.3f}")
+        points[f"best of {N}"] = dict(kl=best_of_kl(N)) | {
+            by: float(expected_best(state[by], state["rewards"], N).mean())
+            for by in ("rewards", "learned")}
+    print("\n" + table(points, {
+        "KL, nats": ("kl", 2, "an upper bound"),
+        "by r*": ("rewards", 3, "mean r* of the sample that r* chooses"),
+        "by r_φ": ("learned", 3, "mean r* of the one that r_φ chooses")}))
 
 
 # ------------------------------------------------------------------------------ the stages

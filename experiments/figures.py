@@ -1,4 +1,4 @@
-"""All figures except Figure 2 and DPO's training curves. `draw_all` also writes the table.
+"""All figures except Figure 2 and the training curves. `draw_all` also writes the table.
 
     python -m experiments.figures out/toy/frontier    every figure of frontier.jsonl, and table.md
 
@@ -12,16 +12,16 @@ import textwrap
 from pathlib import Path
 
 # before the slow imports: Ctrl-C during them then prints one sentence
-from support.runs import main_exit, read_json, reading, write_whole
+from support.runs import main_exit, write_whole
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.table import table, table_text
-from plot_frontier import (KL, REWARD, STYLES, finish, frontier, plot_methods, plot_points,
-                           plot_steps, reliable_optimum, reward_against_kl, run_title, save_curves,
-                           save_figure, seed_means, series, weight_panel)
-from support.points import read_curves, read_points, setting_value
+from plot_frontier import (STYLES, finish, frontier, plot_methods, plot_points, reliable_optimum,
+                           seed_means, series)
+from support.curves import KL, REWARD, plot_weights, save_figure
+from support.points import read_points, setting_value
 
 
 def draw_all(path: Path) -> list[Path]:
@@ -202,32 +202,6 @@ def degeneration(rows: list[dict], texts: list[str], path: Path) -> None:
     save_figure(figure, path, dpi=120)
 
 
-PPO_LOGGED = "reward kl beta explained_variance clip_fraction".split()
-
-
-def ppo_curves(folder: Path, reference_json: Path) -> Path:
-    """Draw folder/curves.png of a PPO run, like plot_frontier.training_curves for DPO."""
-    steps, evals, optimum = read_curves(folder, reference_json, PPO_LOGGED)
-    with reading(folder / "config.json"):
-        config = read_json(folder / "config.json")
-        stage, settings = config["about"]["stage"], config["settings"]
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    axes = figure.subplot_mosaic([["way", "reward", "kl"], ["way", "shares", "beta"]])
-    title = run_title(stage, settings) + ": " + reward_against_kl(axes["way"], evals, optimum)
-    score = "r_φ" if stage == "ppo" else "r*"
-    plot_steps(axes["reward"], steps, f"Reward that PPO maximises, {score}", f"mean {score}",
-               [("reward", "rollouts", "C0-")])
-    plot_steps(axes["kl"], steps, "KL of the rollouts", KL, [("kl", "rollouts", "C0-")])
-    if target := settings["ppo_target"]:
-        axes["kl"].axhline(target, color="grey", ls=":", label="target")
-    plot_steps(axes["beta"], steps, "β of Eq. 3", "units of reward per nat",
-               [("beta", "β", "C0-")])
-    plot_steps(axes["shares"], steps, "At the end", "share (of variance, of tokens)", [
-        ("explained_variance", "explained variance", "C0-"),
-        ("clip_fraction", "clipped", "C3--")])
-    return save_curves(figure, folder, title)
-
-
 def overoptimisation(rows: list[dict], optimum: list[dict], path: Path) -> None:
     """Draw to `path`, for DPO on few and on many preferences: true and implicit reward over the
     steps, and true reward over KL. optimum: points of Eq. 4's optimum."""
@@ -264,7 +238,7 @@ def inspection(inspected: dict, metrics: list[dict], path: Path) -> None:
     pairs = inspected["pairs"]
     figure = Figure(figsize=(14, 5), layout="constrained")
     a, b, c = figure.subplots(1, 3)
-    weight_panel(a, [r for r in metrics if "eval" not in r])
+    plot_weights(a, [r for r in metrics if "eval" not in r])
     a.set(xlabel="step", ylabel="importance weight w(m)", title="training pairs")
     for ax, key, label in ((b, "weight", "importance weight w(m)"),
                            (c, "margin", "implicit margin m = r̂(y_w) - r̂(y_l)")):

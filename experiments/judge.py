@@ -28,18 +28,22 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from evaluate import pairwise_accuracy, standard_error
+from evaluate import one_line, pairwise_accuracy, standard_error, table
 from experiments.baselines import learned_reward
+from experiments.lessons import dpo_points
 from job import Job, seed_of
-from plot_frontier import STYLES, save_figure
+from plot_frontier import STYLES
 from reward import texts
+from support.curves import save_figure
 from support.preference_files import MARK
-from support.runs import (Run, UserError, json_hash, read_json, read_rows, read_text, reading,
-                          write_whole, writing)
+from support.runs import (Run, UserError, json_hash, read_json, read_text, reading, write_whole,
+                          writing)
 from support.settings import Settings
 from train import STAGES, Completions, Stage, build, needs, parents_of_groups, resumable
 
 # ------------------------------------------------------------------------------ judges
+
+REWARD_JUDGES = "r*", "r_phi"  # they score each answer, so both orders have the same verdict
 
 def make_judge(job: Job):
     """--judge as a function judge(prompts, a, b) -> verdicts (N,), disagree (N,) bool.
@@ -48,7 +52,7 @@ def make_judge(job: Job):
     tie. Where the two orders give different verdicts, the verdict is 1/2 and disagree is true.
     """
     cfg, enc = job.cfg, job.data.enc
-    if cfg.judge in ("r*", "r_phi"):
+    if cfg.judge in REWARD_JUDGES:
         reward = job.reward if cfg.judge == "r*" else learned_reward(job)
 
         def ask(prompts, first, second):
@@ -241,15 +245,13 @@ def judge_stage(job: Job, run: Run, n_texts: int = 24) -> None:
     P = len(prompts)
     answers = {key: samples[i * P : (i + 1) * P] for i, key in enumerate(plan)}
     points = [point(x, policy=name, temperature=t) for (name, t), x in answers.items()]
-    steps = [point(job.reference_eval["point"]["completions"], step=0)]
-    steps += [point(row["eval"]["completions"], step=row["step"] + 1)
-              for row in read_rows(job.folder("dpo") / "metrics.jsonl") if "eval" in row]
-    table = dict(judge=cfg.judge, model=cfg.judge_model, beta=cfg.beta, prompts=len(prompts),
-                 points=points, steps=steps)
+    steps = [point(p["completions"], step=p["step"]) for p in dpo_points(job, cfg)]
+    results = dict(judge=cfg.judge, model=cfg.judge_model, beta=cfg.beta, prompts=len(prompts),
+                   points=points, steps=steps)
     text = samples_text(job, prompts[:n_texts], chosen, answers, points)
     write_whole(run.path("judge.txt"), lambda file: file.write(text.encode()))
-    win_rates(table, run.path("judge.png"))
-    run.finish(json.dumps(table).encode())
+    win_rates(results, run.path("judge.png"))
+    run.finish(json.dumps(results).encode())
 
 
 def preferred_ft(job: Job) -> Job | None:
@@ -265,13 +267,11 @@ def samples_text(job: Job, prompts, chosen, answers, points) -> str:
         shown = {"prompt:": prompt, "chosen:": chosen[i]} | {
             f"{name} {({1.0: 'wins', 0.0: 'loses'}.get(wins[name, 1.0][i], 'ties'))}:":
             answers[name, 1.0][i] for name in (SFT, DPO)}
-        for name, text in zip(shown, texts(job.data.enc, shown.values(), [[]] * len(shown))):
-            lines.append(f"{name:<20}{' '.join(text.split())}")
-        lines.append("")
+        lines += [f"{name:<20}{one_line(job.data.enc, ids)}" for name, ids in shown.items()] + [""]
     return "\n".join(lines)
 
 
-def win_rates(table: dict, path: Path) -> None:
+def win_rates(results: dict, path: Path) -> None:
     """Draw Figure 3 to `path`: win rates over the temperature, and over the steps of DPO."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -282,10 +282,10 @@ def win_rates(table: dict, path: Path) -> None:
                     color=colour, marker=marker, ls=style, capsize=3, label=label)
 
     for name, method in ((SFT, "preferred-ft"), (DPO, "dpo")):
-        label = name + f", β {table['beta']:g}" * (name == DPO)
-        line(left, [p for p in table["points"] if p["policy"] == name], "temperature", method,
+        label = name + f", β {results['beta']:g}" * (name == DPO)
+        line(left, [p for p in results["points"] if p["policy"] == name], "temperature", method,
              label)
-    line(right, table["steps"], "step", "dpo", "DPO at temperature 1; step 0 is π_ref")
+    line(right, results["steps"], "step", "dpo", "DPO at temperature 1; step 0 is π_ref")
     left.set(xlabel="sampling temperature", ylabel="win rate against the chosen answers",
              title="after training")
     right.set(xlabel="steps of DPO", title="during training")
@@ -294,44 +294,41 @@ def win_rates(table: dict, path: Path) -> None:
         ax.legend(fontsize=9)
         ax.grid(alpha=0.25)
     figure.suptitle("Do the policies' answers beat the file's chosen ones?")
-    figure.supxlabel(caption(table), fontsize=9, parse_math=False)  # a model's name may hold a $
+    figure.supxlabel(caption(results), fontsize=9, parse_math=False)  # a model's name may hold a $
     save_figure(figure, path)
 
 
-def caption(table: dict) -> str:
-    """The judge, the number of prompts, and how often its two verdicts on a pair differed."""
-    everything = [*table["points"], *table["steps"]]
-    disagree = sum(p["disagree"] for p in everything) / len(everything)
-    return (f"judged by {table['model'] or table['judge']} on {table['prompts']} held-out prompts, "
-            f"± one standard error; the two orders disagree in {disagree:.1%}")
+def caption(results: dict) -> str:
+    """The judge, the number of prompts, and how often a language model's two verdicts differed."""
+    endpoint = results["judge"] not in REWARD_JUDGES
+    disagree = np.mean([p["disagree"] for p in (*results["points"], *results["steps"])])
+    return (f"judged by {results['model' if endpoint else 'judge']} on {results['prompts']} "
+            "held-out prompts, ± one standard error" + endpoint *
+            f"\nits verdicts in the two orders differ in {disagree:.1%} of the comparisons")
 
 
 def report_judge(job: Job) -> None:
     folder = job.folder("judge")
-    table = read_json(folder / "judge.json")
-    steps = table["steps"]
-    five = [steps[i] for i in sorted({*np.linspace(0, len(steps) - 1, 5).round().astype(int)})]
-    print("\nwin rate against the file's chosen answers\n" + caption(table))
-    if all(set(p["wins"]) == {0.5} for p in table["points"]):
+    results, rows = read_json(folder / "judge.json"), {}
+    cells = [(f"temperature {p['temperature']:g}", p["policy"], p) for p in results["points"]]
+    cells += [(f"step {p['step']}" + ": π_ref" * (p["step"] == 0), DPO, p)
+              for p in results["steps"]]
+    for row, name, p in cells:
+        rows.setdefault(row, {}).update({name: p["win"], name + "_se": p["win_se"]})
+    print(f"\nwin rate against the file's chosen answers\n{caption(results)}")
+    if all(set(p["wins"]) == {0.5} for p in results["points"]):
         print("every comparison is a tie: this judge finds no difference between any two answers")
-    print("\n" + f"{'temperature':<20}" + "".join(f"{t:>15g}" for t in TEMPERATURES))
-    for name in (SFT, DPO):
-        print(row_of(name, [p for p in table["points"] if p["policy"] == name]))
-    print("\n" + f"{'steps of DPO':<20}" + "".join(f"{p['step']:>15}" for p in five))
-    print(row_of("temperature 1", five) + "\n")
-    print("\n".join(read_text(folder / "judge.txt").splitlines()[:10]))
+    print("\n" + table(rows, {SFT: (SFT, 3, "after training"), DPO: (
+        DPO, 3, "after training, and over its steps at temperature 1")}))
+    print("\n" + "\n".join(read_text(folder / "judge.txt").splitlines()[:10]))
     print(f"more answers: {folder / 'judge.txt'}\npicture:      {folder / 'judge.png'}")
-
-
-def row_of(name: str, points: list[dict]) -> str:
-    return f"{name:<20}" + "".join(f"{p['win']:>8.3f} ±{p['win_se']:.3f}" for p in points)
 
 
 HOST = r"(\[[\da-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d{1,5})?"
 
 
 def judge_parents(cfg: Settings) -> list[str]:
-    given = cfg.judge not in ("r*", "r_phi")
+    given = cfg.judge not in REWARD_JUDGES
     trained = cfg.judge == "r*" and cfg.corpus == "imdb" and cfg.reward == "auto"
     needs(not cfg.groups, "--stage judge compares policies with the chosen answers of a preference "
           "file: give --groups FILE", [])
@@ -351,7 +348,7 @@ def check_judge(job: Job) -> None:
     """Load siebert, or ask the endpoint one small question, before other stages are made."""
     if job.cfg.judge == "r*" and job.cfg.reward == "siebert":
         job.reward
-    elif job.cfg.judge not in ("r*", "r_phi"):
+    elif job.cfg.judge not in REWARD_JUDGES:
         question = MESSAGE.format(**OTHER, prompt="What is two plus two?", a="Four.", b="Five.")
         endpoint = make_endpoint(job)
         reply, verdict = endpoint.request(question)

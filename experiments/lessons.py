@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import dpo
-from evaluate import (COLUMNS, correlation, held_out_measures, rank_correlation, read_samples,
-                      table)
+from evaluate import (COLUMNS, correlation, held_out_measures, one_line, rank_correlation,
+                      read_samples, table)
 from experiments import figures
 from experiments.baselines import needs_true_reward
 from gpt import pad_rows
@@ -52,17 +52,17 @@ def inspect(job: Job, run: Run, n_groups: int = 24) -> None:
         student.load_weight(cfg.weight, dpo.WEIGHTS))
     columns["reward_gap"] = few.flatten()[yw_idxs] - few.flatten()[yl_idxs]
     rows = [dict(zip(columns, x)) for x in zip(*(c.tolist() for c in columns.values()))]
-    table = dict(pairs=rows, step=cfg.dpo_steps, beta=cfg.beta, groups=len(held),
-                 rank_correlation=rank_correlation(implicit, r),
-                 correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r),
-                 ref_logp_accuracy=held_out_measures(ref_logps, ref_logps, r)["logp_accuracy"])
+    results = dict(pairs=rows, step=cfg.dpo_steps, beta=cfg.beta, groups=len(held),
+                   rank_correlation=rank_correlation(implicit, r),
+                   correlation=correlation(implicit, r), **held_out_measures(logps, ref_logps, r),
+                   ref_logp_accuracy=held_out_measures(ref_logps, ref_logps, r)["logp_accuracy"])
     if is_made(job, "rm"):  # r_φ, if stage rm has run
-        table["learned"] = read_json(job.folder("rm") / "report.json")
+        results["learned"] = read_json(job.folder("rm") / "report.json")
     text = inspection_text(job, rows, yw_idxs, yl_idxs, prompts, completions)
     write_whole(run.path("inspect.txt"), lambda file: file.write(text.encode()))
-    figures.inspection(table, read_rows(job.folder("dpo") / "metrics.jsonl"),
+    figures.inspection(results, read_rows(job.folder("dpo") / "metrics.jsonl"),
                        run.path("inspect.png"))
-    run.finish(json.dumps(table).encode())
+    run.finish(json.dumps(results).encode())
 
 
 def inspection_text(job: Job, rows, yw_idxs, yl_idxs, prompts, completions, n: int = 4) -> str:
@@ -78,24 +78,24 @@ def inspection_text(job: Job, rows, yw_idxs, yl_idxs, prompts, completions, n: i
                          "|∇w| {norm_w:.1f}  |∇l| {norm_l:.1f}  cosine {cosine:.2f}  "
                          "|update| {update:.2f}".format(**rows[i]))
             for name, at in (("y_w", int(yw_idxs[i])), ("y_l", int(yl_idxs[i]))):
-                text = enc.decode([t for t in completions[at] if t != enc.eot_token])
-                lines.append(f"  {name}  {enc.decode(prompts[at][1:])}|{text}".replace("\n", " "))
+                lines.append(f"  {name}  {one_line(enc, prompts[at])}|"
+                             f"{one_line(enc, completions[at])}")
             lines.append("")
     return "\n".join(lines)
 
 
 def report_inspect(job: Job) -> None:
     folder = job.folder("inspect")
-    table = read_json(folder / "inspect.json")
+    results = read_json(folder / "inspect.json")
     print("\n" + read_text(folder / "inspect.txt"))
-    print(f"Is the language model a reward model? On {table['groups']} held-out prompts r̂ orders "
-          f"{table['accuracy']:.1%} of pairs\nas r* (or the file) does. Correlation of r̂ with r* "
-          f"within a prompt: {table['rank_correlation']:.3f} (ranks), {table['correlation']:.3f} "
-          "(linear).")
-    print(f"Does DPO make π(y_w) > π(y_l)? log π_θ orders {table['logp_accuracy']:.1%} of these "
-          f"pairs as r* does, and\nlog π_ref {table['ref_logp_accuracy']:.1%}. Eq. 7 makes the "
+    print(f"Is the language model a reward model? On {results['groups']} held-out prompts r̂ orders "
+          f"{results['accuracy']:.1%} of pairs\nas r* (or the file) does. Correlation of r̂ with r* "
+          f"within a prompt: {results['rank_correlation']:.3f} (ranks), "
+          f"{results['correlation']:.3f} (linear).")
+    print(f"Does DPO make π(y_w) > π(y_l)? log π_θ orders {results['logp_accuracy']:.1%} of these "
+          f"pairs as r* does, and\nlog π_ref {results['ref_logp_accuracy']:.1%}. Eq. 7 makes the "
           "ratio π_θ/π_ref larger for y_w than for y_l, not π_θ itself.")
-    if learned := table.get("learned"):
+    if learned := results.get("learned"):
         print(f"r_φ, the reward model of stage rm, orders {learned['accuracy']:.1%}; its rank "
               f"correlation is {learned['rank_correlation']:.3f}")
     print(f"picture: {folder / 'inspect.png'}")
@@ -105,7 +105,7 @@ def report_inspect(job: Job) -> None:
 
 # the learning rate does not decay, so that a few hundred steps show the difference
 ABLATION = dict(dpo_optimizer="adamw", dpo_schedule="constant", dpo_steps=300,
-                dpo_warmup=0, eval_every=50, loss="pairwise", labels="hard")
+                dpo_warmup=0, eval_every=50)
 SEEDS = 3  # runs per loss: a seed sets the order of the batches
 
 
@@ -148,13 +148,13 @@ def degenerate(job: Job, run: Run) -> None:
         name = name.rpartition(" ")[0]
         rows += [dict(weight=name, seed=cfg.run_seed, **{key: p[key] for key in SHOWN})
                  for p in dpo_points(job, cfg)]
-        samples.setdefault(name, read_samples(job.beside(cfg).folder("dpo")))
-    blocks = []
-    for lines in zip(*samples.values()):
-        prompt, before, _ = lines[0]
-        blocks.append([prompt, before.replace("before:", "π_ref: ", 1), *(
-            after.replace("after:  ", f"{figures.loss_label(name) + ':':<8}", 1)
-            for name, (*_, after) in zip(samples, lines))])
+        samples.setdefault(name, read_samples(job.beside(cfg).folder("dpo") / "samples.txt"))
+    labels = ["prompt", "π_ref", *map(figures.loss_label, samples)]
+    width, blocks = max(map(len, labels)) + 2, []
+    for first, *others in zip(*samples.values()):  # a prompt, π_ref's sample and a policy's, each
+        lines = [*first, *(policy for *_, policy in others)]
+        blocks.append([f"{label + ':':<{width}}{line[9:]}"  # without the label of samples.txt
+                       for label, line in zip(labels, lines)])
     text = "\n\n".join("\n".join(block) for block in blocks)
     write_whole(run.path("degenerate.txt"), lambda file: file.write(text.encode()))
     figures.degeneration(rows, blocks[0], run.path("degenerate.png"))
@@ -177,8 +177,7 @@ def report_degenerate(job: Job) -> None:
         if name != "sigmoid":
             print(f"{figures.loss_label(name)} ends at {figures.times_dpo(rows, name, 'kl')} times "
                   f"DPO's KL and {figures.times_dpo(rows, name, 'ref_ppl')} times its perplexity")
-    blocks = read_text(folder / "degenerate.txt").split("\n\n")
-    print("\n" + "\n\n".join(blocks[:3]))
+    print("\n" + "\n\n".join(map("\n".join, read_samples(folder / "degenerate.txt")[:3])))
     print("\nLook at perplexity and the samples: reward alone may not show that texts are broken.\n"
           f"samples: {folder / 'degenerate.txt'}\npicture: {folder / 'degenerate.png'}\n"
           "next:    the same command with --weight FILE.py:FUNCTION draws your own weight too")

@@ -19,21 +19,25 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evaluate import jackknife_optimum, optimal_reward, pairwise_accuracy, standard_error
+from evaluate import (jackknife_optimum, one_line, optimal_reward, pairwise_accuracy,
+                      standard_error, table)
 from experiments.baselines import all_groups, expected_best, learned_reward
 from job import Job, seed_of
-from plot_frontier import STYLES, save_figure
+from plot_frontier import STYLES
+from support.curves import save_figure
 from support.runs import Run, read_json
 from support.settings import Settings
 from support.toy_reviews import GRAMMAR, UNSEEN, expand
 from train import STAGES, Stage, build, needs, parents_of_groups, resumable, score
 
 TEST = "test prompts"
-SETS = (TEST, *UNSEEN)
-# Per prompt, r̂ and r_φ score SCORED samples of π_ref, and the policy draws SAMPLES. The optimum is
-# estimated from all best_of samples of π_ref, because the KL of the estimate cannot exceed the log
-# of their number, and DPO's KL is larger on unseen prompts.
-SCORED, SAMPLES = 16, 4
+SETS = {TEST: "beginnings of test reviews",
+        "unseen words": "titles, names and genres that no review has",
+        "another domain": "beginnings of reviews of restaurants and hotels"}
+# Per prompt, r̂ and r_φ score SCORED samples of π_ref, the policy draws SAMPLES, and N is BEST in
+# Best-of-N. The optimum is estimated from all best_of samples of π_ref, because the KL of the
+# estimate cannot exceed the log of their number, and DPO's KL is larger on unseen prompts.
+SCORED, SAMPLES, BEST = 16, 4, 8
 
 
 def unseen_prompts(job: Job, name: str) -> list[list[int]]:
@@ -80,10 +84,6 @@ def with_error(statistic, *columns: Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in both]
 
 
-def best_of(job: Job) -> int:
-    return min(8, job.cfg.best_of)
-
-
 def measure(job: Job, name: str) -> dict:
     """One seed on one set of prompts: "measure: subject" -> [value, standard error over prompts].
 
@@ -94,7 +94,7 @@ def measure(job: Job, name: str) -> dict:
     """
     cfg, enc, reference, policy = job.cfg, job.data.enc, job.load_reference(), job.policy("dpo")
     prompts = job.reference_eval["prompts"] if name == TEST else unseen_prompts(job, name)
-    K, scored_each, N = cfg.best_of, min(SCORED, cfg.best_of), best_of(job)
+    K, scored_each, N = cfg.best_of, min(SCORED, cfg.best_of), min(BEST, cfg.best_of)
     repeated = [p for p in prompts for _ in range(K)]
     samples = job.sample(reference, repeated, seed_of(cfg, "ood", f"{name}, samples"))
     rewards = job.reward(repeated, samples).view(-1, K).double()
@@ -120,14 +120,13 @@ def measure(job: Job, name: str) -> dict:
     measures = {f"accuracy: {by}": with_error(lambda right, pairs: float(right / pairs),
                                               *ordered_pairs(x, r)) for by, x in scores.items()}
     measures |= {f"gain: best of {N} by {by}": with_error(share, start, best[by], best["r*"])
-              for by in scores}
+                 for by in scores}
     measures["gain: DPO's samples"] = with_error(optimal_share, start, reached, kl, *optimum)
     measures["r*: π_ref's samples"] = with_error(float, start)
     measures |= {f"r*: best of {N} by {by}": with_error(float, x) for by, x in best.items()}
     measures |= {"r*: DPO's samples": with_error(float, reached),
-              "KL: DPO's samples": with_error(float, kl)}
-    prompt, completion = (enc.decode([t for t in ids if t != job.data.eot])
-                          for ids in (prompts[0], point["completions"][0]))
+                 "KL: DPO's samples": with_error(float, kl)}
+    prompt, completion = (one_line(enc, x[0]) for x in (prompts, point["completions"]))
     return dict(measures=measures, example=f"{prompt}|{completion}")
 
 
@@ -154,38 +153,37 @@ def ood(job: Job, run: Run) -> None:
 
     resumable(job, run, {}, len(work), step)
     rows = [{key: x for key, x in row.items() if key != "seconds"} for row in run.metrics()]
-    table = dict(P=len(job.reference_eval["prompts"]), N=best_of(job), rows=rows)
-    draw(table, run.path("ood.png"))
-    run.finish(json.dumps(table).encode())
+    results = dict(P=len(job.reference_eval["prompts"]), N=min(BEST, job.cfg.best_of), rows=rows)
+    draw(results, run.path("ood.png"))
+    run.finish(json.dumps(results).encode())
 
 
-def over_seeds(table: dict, name: str, key: str) -> tuple[float, ...] | None:
+def over_seeds(results: dict, name: str, key: str) -> tuple[float, ...] | None:
     """A measure on one set of prompts: its mean over seeds, the mean's standard error over prompts,
     its lowest and its highest value of a seed. None if a seed has no value."""
-    pairs = [row["measures"][key] for row in table["rows"] if row["prompts"] == name]
+    pairs = [row["measures"][key] for row in results["rows"] if row["prompts"] == name]
     if None in sum(pairs, []):
         return None
     values, errors = np.array(pairs).T
     return (values.mean(), np.sqrt((errors**2).sum()) / len(errors), values.min(), values.max())
 
 
-def draw(table: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
     """Draw accuracies, and shares of the possible gain, on each set of prompts."""
-    keys = [key for key in table["rows"][0]["measures"] if key.startswith(("accuracy", "gain"))]
     looks = {"r̂": ("r̂ = β log π_θ/π_ref, the reward in the DPO policy", *STYLES["dpo"][1:]),
              "r_φ": ("r_φ, a reward model of the same pairs", *STYLES["ppo"][1:]),
              "samples": ("the DPO policy's own samples", *STYLES["plackett-luce"][1:])}
     panels = {"accuracy": ("share of pairs in the order of r*", "Pairs of π_ref's samples"),
               "gain": ("share of the possible gain in r*",
-                       f"Best of {table['N']} by a reward, beside best of {table['N']} by r*;\n"
+                       f"Best of {results['N']} by a reward, beside best of {results['N']} by r*;\n"
                        "DPO's own samples, beside the optimum at their KL")}
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     for ax, (what, (label, title)) in zip(figure.subplots(1, 2), panels.items()):
-        mine = [key for key in keys if key.startswith(what)]
+        mine = [key for key in results["rows"][0]["measures"] if key.startswith(what)]
         for i, key in enumerate(mine):
             legend, colour, marker, line = looks[key.split()[-1]]
             rows = [(x + 0.12 * (i - (len(mine) - 1) / 2), *found) for x, name in enumerate(SETS)
-                  if (found := over_seeds(table, name, key))]
+                    if (found := over_seeds(results, name, key))]
             x, mean, _, low, high = np.reshape(rows, (-1, 5)).T
             ax.errorbar(x, mean, (mean - low, high - mean), color=colour, marker=marker, ls=line,
                         capsize=3, label=legend)
@@ -194,7 +192,7 @@ def draw(table: dict, path: Path) -> None:
                 ax.annotate(f"{at[1]:.2f}", at, (7 * side, 4), textcoords="offset points",
                             ha="right" if side < 0 else "left", va="bottom", fontsize=9,
                             color=colour, bbox=dict(fc="white", lw=0, pad=0.5, alpha=0.8))
-        ax.set(xticks=range(len(SETS)), xticklabels=SETS, xlim=(-0.5, len(SETS) - 0.5),
+        ax.set(xticks=range(len(SETS)), xticklabels=[*SETS], xlim=(-0.5, len(SETS) - 0.5),
                xlabel="prompts", ylabel=label)
         ax.set_title(title, fontsize=10)
         ax.margins(y=0.15)
@@ -202,36 +200,31 @@ def draw(table: dict, path: Path) -> None:
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   title="Does what DPO has learned hold on prompts unlike its training prompts?",
                   title_fontsize=12)
-    figure.supxlabel(f"Seeds: {len(table['rows']) // len(SETS)}, each with its own corpus, π_ref, "
-                     "preferences, DPO policy and r_φ; points: means, bars: lowest and highest "
-                     f"seed. {table['P']} prompts of each kind per seed.", fontsize=9)
+    figure.supxlabel(f"Seeds: {len(results['rows']) // len(SETS)}, each with its own corpus, "
+                     "π_ref, preferences, DPO policy and r_φ; points: means, bars: lowest and "
+                     f"highest seed. {results['P']} prompts of each kind per seed.", fontsize=9)
     save_figure(figure, path)
 
 
-HEADINGS = {"accuracy": "share of pairs of π_ref's samples that are ordered as by r*",
-            "gain": "share of the possible gain in r*: that of best of N by r*, or of the optimum "
-                    "at DPO's KL",
-            "r*": "mean r*", "KL": "KL(π ‖ π_ref), nats per completion"}
+MEASURES = """\
+accuracy: share of pairs of π_ref's samples that are in the order of r*; gain: gain in r* over
+π_ref, as a share of that of best of N by r*, or (DPO's samples) of the optimum at DPO's KL; r*:
+mean over samples; KL: KL(π ‖ π_ref) in nats per completion. ood.png shows the range over seeds."""
 
 
 def report_ood(job: Job) -> None:
     folder = job.folder("ood")
-    table = read_json(folder / "ood.json")
-    first = table["rows"][: len(SETS)]
-    print(f"\nseeds: {len(table['rows']) // len(SETS)}; mean ± one standard error over "
-          f"{table['P']} prompts per set and seed (lowest–highest seed)\n")
-    print(" " * 19 + "".join(f"{name:>27}" for name in SETS))
-    heading = ""
+    results = read_json(folder / "ood.json")
+    first, points = results["rows"][: len(SETS)], {}
     for key in first[0]["measures"]:
-        what, _, of = key.partition(": ")
-        if what != heading:
-            print(HEADINGS[what])
-            heading = what
-        cells = ["-" if x is None else "{:.3f} ±{:.3f} ({:.2f}–{:.2f})".format(*x)
-                 for x in (over_seeds(table, name, key) for name in SETS)]
-        width = 17 + of.count("\u0302")  # the hat of r̂ takes no column
-        print(f"  {of:<{width}}" + "".join(f" {cell:>26}" for cell in cells))
-    print("\nDPO's first sample on each set, after its prompt:")
+        points[key] = {}
+        for name in SETS:
+            mean, se, *_ = over_seeds(results, name, key) or (None, None)
+            points[key] |= {name: mean, name + "_se": se}
+    print(f"\nseeds: {len(results['rows']) // len(SETS)}; means, ± one standard error over "
+          f"{results['P']} prompts per set and seed")
+    print(table(points, {name: (name, 3, meaning) for name, meaning in SETS.items()}), MEASURES,
+          "\nDPO's first sample on each set, after its prompt:", sep="\n")
     print("\n".join(f"  {row['prompts']}: {row['example']}" for row in first))
     print(f"\npicture: {folder / 'ood.png'}")
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from dpo import completion_mask
 from evaluate import report
 from experiments.baselines import learned_reward, needs_true_reward
-from experiments.figures import ppo_curves
 from gpt import GPT, length_buckets, pad_rows
 from job import Job, seed_of
 from reward import RewardModel
@@ -300,6 +299,6 @@ def no_fp16(cfg: Settings, parents: list[str]) -> list[str]:
 
 
 STAGES["ppo"] = Stage(ppo, lambda cfg: no_fp16(cfg, ["groups", "rm", *parents_of_groups(cfg)]),
-                      report=lambda job: report(job, "ppo", ppo_curves))
+                      report=lambda job: report(job, "ppo"))
 STAGES["ppo-gt"] = Stage(ppo_gt, lambda cfg: no_fp16(cfg, needs_true_reward(cfg, "ppo-gt")),
-                         report=lambda job: report(job, "ppo-gt", ppo_curves))
+                         report=lambda job: report(job, "ppo-gt"))

@@ -4,6 +4,7 @@ F folds of the P prompts, n points, m KLs, R bootstrap replicates. Replicate 0 i
 """
 
 import math
+import textwrap
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def excesses(points: list[dict]) -> list[tuple[float, dict]]:
 
 
 def table_text(points: list[dict], rows: list[dict]) -> str:
-    """The rows in three blocks of Markdown, aligned so that they read as plain text too."""
+    """The rows as Markdown of at most 100 columns, aligned so that it reads as plain text too."""
     kls, ref = kl_range(points[0]["preset"])[0], reference(points)
 
     def cell(x):
@@ -120,25 +121,34 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
             return "{:.3f} ({:.3f}, {:.3f})".format(*x)
         return "-" if x is None else f"{x:,.0f}"
 
-    def block(title, names, cells):
-        lines = [["method", *names], *([r["method"], *map(cell, c)] for r, c in zip(rows, cells))]
+    def block(title, columns):
+        lines = [*zip(["method", *(r["method"] for r in rows)],
+                      *([name, *map(cell, x)] for name, x in columns.items()))]
         widths = [max(map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * w for w in widths])
         return f"{title}:\n\n" + "\n".join(
             "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
-    at, costs = [f"KL {kl}" for kl in kls], "runs seeds seconds samples".split()
+    def by_kl(title, key):  # KLs that a method reaches, at most three in a block
+        at = [kl for kl in kls if any(r[key][kl] for r in rows)]
+        return [block(title, {f"KL {kl}": [r[key][kl] for r in rows] for kl in part})
+                for part in (at[:3], at[3:]) if part]
+
+    def wrapped(text, **options):
+        return textwrap.fill(text, 100, break_on_hyphens=False, **options)
+
     return "\n\n".join([
-        f"{caption(points)} π_ref's mean true reward {ref['reward']:.3f} ± {ref['reward_se']:.3f}."
-        " A mixture is chosen on four fifths of the prompts and measured on the other fifth. In "
-        "brackets: 95 % bootstrap intervals over prompts and seeds.",
-        block("Mean true reward of a method's best mixture of policies, at a KL in nats", at,
-              [r["reward"].values() for r in rows]),
-        block("Share of the optimal gain at that KL, (r - r_ref) / (r_opt - r_ref)", at,
-              [r["share"].values() for r in rows]),
-        block("Cost of all runs of a method, each counted as if it were the only run", costs,
-              [[r[c] for c in costs] for r in rows]),
-        "\n".join(f"- {note}" for note in notes(points, rows))]) + "\n"
+        wrapped(f"{caption(points)} π_ref's mean true reward {ref['reward']:.3f} ± "
+                f"{ref['reward_se']:.3f}. A mixture is chosen on four fifths of the prompts and "
+                "measured on the other fifth. In brackets: 95 % bootstrap intervals over prompts "
+                "and seeds."),
+        *by_kl("Mean true reward of a method's best mixture of policies, at a KL in nats",
+               "reward"),
+        *by_kl("Share of the optimal gain at that KL, (r - r_ref) / (r_opt - r_ref)", "share"),
+        block("Cost of all runs of a method, each counted as if it were the only run",
+              {c: [r[c] for r in rows] for c in "runs seeds seconds samples".split()}),
+        "\n".join(wrapped(f"- {note}", subsequent_indent="  ")
+                  for note in notes(points, rows))]) + "\n"
 
 
 def notes(points: list[dict], rows: list[dict]) -> list[str]:

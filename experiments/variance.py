@@ -26,7 +26,8 @@ from experiments.baselines import needs_true_reward
 from experiments.theory import soft_advantage
 from gpt import GPT, pad_rows
 from job import Job, seed_of
-from plot_frontier import STYLES, save_figure
+from plot_frontier import STYLES
+from support.curves import save_figure
 from support.runs import Run, UserError, read_json
 from train import STAGES, Stage, score, sequence_logps
 

@@ -79,10 +79,14 @@ def point_of(line: bytes) -> dict | None:
         return None
 
 
-def read_curves(folder: Path, reference_json: Path,
-                keys: Sequence[str]) -> tuple[list[dict], list[dict], list[dict]]:
-    """The steps of a run, with a number for each of `keys`; its evaluations; and in the order of KL
-    the points of the optimum that have at least 2 effective samples per prompt.
+DPO_LOGGED = [*"loss margin reward_chosen reward_rejected accuracy".split(),
+              *(f"weight_{p}" for p in (5, 25, 50, 75, 95))]  # in every step's row
+PPO_LOGGED = "reward kl beta explained_variance clip_fraction".split()
+
+
+def read_curves(folder: Path, reference_json: Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """The steps of a DPO or PPO run, whose values are numbers; its evaluations; and in the order of
+    KL the points of the optimum that have at least 2 effective samples per prompt.
 
     reference_json: the groups' file, whose point is the evaluation at step 0. UserError where the
     folder holds no such run, or a file is damaged.
@@ -90,8 +94,10 @@ def read_curves(folder: Path, reference_json: Path,
     path, measures = folder / "metrics.jsonl", "kl kl_se reward reward_se".split()
     rows = read_rows(path)
     steps = [row for row in rows if "eval" not in row]
-    if not steps or keys[-1] not in steps[0]:
-        raise UserError(f"{folder} holds no run of dpo: give the folder of one, or a frontier's")
+    keys = [k for k in (DPO_LOGGED, PPO_LOGGED) if steps and k[-1] in steps[0]]
+    if not keys:
+        raise UserError(f"{folder} holds no run of dpo or ppo: give the folder of one, or a "
+                        "frontier's")
     with reading(reference_json):
         reference = read_json(reference_json)
         evals = [numbers(reference["point"], measures) | dict(step=0, accuracy=None)]
@@ -101,6 +107,6 @@ def read_curves(folder: Path, reference_json: Path,
         evals += [numbers(dict(accuracy=None) | row["eval"] | dict(step=row["step"] + 1),
                           ["step", "accuracy", *measures]) for row in rows if "eval" in row]
         for row in steps:
-            for key in keys:
+            for key in keys[0]:
                 number(row[key])
     return steps, evals, optimum

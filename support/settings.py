@@ -27,7 +27,7 @@ def opt(group, default, help, choices=None, low=0, high=10**9):
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the preset toy, which needs two CPU cores, no network and two minutes."""
+    """The defaults are the preset toy: two CPU cores, no network, three minutes."""
 
     # ---- data
     corpus: str = opt("data", "toy", "which reviews", ("toy", "imdb"))
@@ -93,8 +93,8 @@ class Settings:
     eval_every: int = opt("method", 0, "steps between evaluations; 0: four evaluations per run")
     valid_samples: int = opt("method", 0, "samples per validation prompt at each evaluation; the "
                              "frontier uses 8 to choose learning rates", high=10**5)
-    run_seed: int = opt("method", 0, "seed of batches and rollouts; it leaves π_ref unchanged",
-                        high=SEED)
+    run_seed: int = opt("method", 0, "seed of batches, rollouts, sampled labels and label noise; "
+                        "it leaves π_ref unchanged", high=SEED)
     # ---- dpo
     loss: str = opt("dpo", "pairwise", "pairwise: Eq. 7; plackett-luce: A.3, on rankings; "
                     "reference-free: Eq. 7 without π_ref, which is not DPO",
@@ -112,8 +112,8 @@ class Settings:
     label_noise: float = opt("dpo", 0.0, "probability that a training pair's label is flipped, "
                              "drawn once per pair", high=0.5)
     alpha: float = opt("dpo", 0.5, "α, the weight of log π(y_l) in --stage unlikelihood (C.3)")
-    dpo_batch: int = opt("dpo", 11, "groups per step; 11 have 66 pairs, and the paper uses 64",
-                         low=1, high=10**5)
+    dpo_batch: int = opt("dpo", 11, "groups per step; 11 groups of 4 have 66 pairs, and the paper "
+                         "uses 64; in a file of pairs each group is one pair", low=1, high=10**5)
     dpo_accum: int = opt("run", 1, "micro-batches per step and process; more of them take less "
                          "memory", low=1)
     dpo_optimizer: str = opt("dpo", "rmsprop", "the paper uses RMSprop", ("adamw", "rmsprop"))
@@ -153,9 +153,10 @@ class Settings:
     online_labels: str = opt("online", "r*", "who labels fresh groups: r*, or π_θ's own r̂ (self)",
                              ("r*", "self"))
     # ---- judge: win rates against a preference file's chosen answers
-    judge: str = opt("judge", "r*", "who compares two answers: r*; r_phi (the learned reward of "
-                     "stage rm); or the URL of an OpenAI-compatible endpoint, for example "
-                     "http://localhost:8000/v1, with its key in OPENAI_API_KEY")
+    judge: str = opt("judge", "r*", "who compares two answers: r*, which is film sentiment; r_phi "
+                     "(the learned reward of stage rm); or the URL of an OpenAI-compatible "
+                     "endpoint, for example http://localhost:8000/v1, with its key in "
+                     "OPENAI_API_KEY")
     judge_model: str = opt("judge", "", "name of the model at that URL")
     # ---- ood: prompts with words that no review has
     ood_seeds: int = opt("ood", 3, "number of seeds, from --seed on; each has its own corpus, "
@@ -226,17 +227,35 @@ NAMED_BY_VALUE = ("corpus", "vocab", "init", "precision", "weight", "loss", "lab
                   "online_labels")
 
 
+def changed_settings(cfg: Settings, preset: Settings, groups: tuple) -> dict:
+    """The settings of these groups that differ from the preset, by name."""
+    base = settings_of(preset, groups)
+    return {name: x for name, x in settings_of(cfg, groups).items() if x != base[name]}
+
+
 def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
     """The settings that differ from the preset, as the end of a folder's name: "-beta1.0-constant".
     """
-    base, parts = settings_of(preset, groups), []
-    for name, value in settings_of(cfg, groups).items():
-        if value != base[name]:
-            text = value if name in NAMED_BY_VALUE else f"{name}{value}"
-            parts.append("-" + "".join(c if c.isascii() and c.isalnum() or c in ".-_" else "_"
-                                       for c in text)[-40:])
+    parts = []
+    for name, value in changed_settings(cfg, preset, groups).items():
+        text = value if name in NAMED_BY_VALUE else f"{name}{value}"
+        parts.append("-" + "".join(c if c.isascii() and c.isalnum() or c in ".-_" else "_"
+                                   for c in text)[-40:])
     text = "".join(parts)
     return text if len(text) <= 200 else f"{text[:183]}-{json_hash(text)}"  # at most 255 bytes fit
+
+
+TITLES = {"dpo": "DPO, β {beta:g}", "online": "online DPO (labels by {online_labels}), β {beta:g}",
+          "unlikelihood": "Unlikelihood, α {alpha:g}", "preferred-ft": "Preferred-FT",
+          "ppo": "PPO (learned reward), target KL {ppo_target:g}",
+          "ppo-gt": "PPO-GT (true reward), target KL {ppo_target:g}"}
+
+
+def run_title(stage: str, cfg: Settings, preset: Settings) -> str:
+    """The method, and the settings that differ from the preset: "DPO, β 1.6, labels soft"."""
+    title, others = TITLES.get(stage, stage), changed_settings(cfg, preset, SETTINGS_OF[stage])
+    return ", ".join([title.format(**vars(cfg)), *(
+        f"{name} {value}" for name, value in others.items() if f"{{{name}" not in title)])
 
 
 def user_files(cfg: Settings, stage: str) -> dict[str, str]:
@@ -289,7 +308,7 @@ def stage_of(argv) -> str:
 
 
 def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
-    """Stage, preset, the reason for the preset, and the settings. --help shows the stage's flags.
+    """Stage, preset, the first line to print, and the settings. --help shows the stage's flags.
 
     UserError for a value out of range. An unknown flag or word ends the program with exit code 2.
     """
@@ -317,12 +336,16 @@ def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
     name = preset or ("imdb" if cuda and given.get("device") != "cpu" else "toy")
     reason = ("--preset" if preset else "the default with CUDA" if name == "imdb" else
               "the default without CUDA")
+    headline = f"preset {name} ({reason}); stage {stage}"
+    used = settings_of(TOY, (*SETTINGS_OF[stage], "run"))
+    if unused := [f"--{x.replace('_', '-')}" for x in given if x not in used]:
+        headline += f", which does not use {', '.join(unused)}"
     cfg = replace(PRESETS[name], **given)
     if stage in OTHER_LOSSES:
         cfg = replace(cfg, loss=stage)
     check(cfg)
     check_memory(cfg, cuda)
-    return stage, name, reason, cfg
+    return stage, name, headline, cfg
 
 
 def check(cfg: Settings) -> None:

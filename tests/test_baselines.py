@@ -14,7 +14,8 @@ from conftest import KILL, TINY, command, folder, same, stopped, stopped_and_fin
 
 import dpo
 from evaluate import pairwise_accuracy, rank_correlation, standard_error
-from experiments.baselines import best_of_kl, expected_best, pair_batches, score_groups
+from experiments.baselines import (best_of_kl, expected_best, pair_batches, report_best_of_n,
+                                   score_groups)
 from job import Job
 from reward import ModelReward, RewardModel
 from support.runs import load_tensors, save_tensors
@@ -159,11 +160,18 @@ def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_values(N):
     assert float(kl) == pytest.approx(best_of_kl(N), abs=1e-3)
 
 
-def test_the_samples_of_best_of_n_are_scored_by_both_rewards(job, compared):
+def test_the_samples_of_best_of_n_are_scored_by_both_rewards(job, compared, capsys):
     state = load_tensors(folder(compared, "best-of-n") / "samples.pt")
     assert state["rewards"].shape == state["learned"].shape == (8, 8)
     assert ((state["rewards"] > 0) & (state["rewards"] < 1)).all()
     assert standard_error(state["learned"].flatten()) > 0
+    report_best_of_n(job)
+    _, head, one, four, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == "KL, nats by r* by r_φ".split()
+    by = [expected_best(state[key], state["rewards"], 4).mean() for key in ("rewards", "learned")]
+    assert four.split() == ["best", "of", "4", *(f"{x:.{n}f}" for x, n in zip(
+        [best_of_kl(4), *by], (2, 3, 3)))]
+    assert one.split()[4] == one.split()[5] == f"{state['rewards'].mean():.3f}", "any sample"
     text = (folder(compared, "best-of-n") / "samples.txt").read_text()
     for row, k in zip(state["rewards"], state["learned"].argmax(1)):
         assert f"after:   r* {float(row[k]):.2f} |" in text, "the best of N by r_φ"

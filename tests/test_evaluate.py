@@ -462,7 +462,8 @@ def test_the_table_shows_the_numbers_of_the_files(chain):
     reference_eval = read(folder(chain.out, "groups") / "reference.json")
     lines = chain.text.splitlines()
     at, = (i for i, line in enumerate(lines) if "reward r*  " in line)
-    assert lines[at - 1].startswith("π_θ: DPO, β 0.5; 8 held-out prompts"), "which run is it?"
+    title = chain.text[chain.text.index("π_θ: DPO, β 0.5, ") : chain.text.index("reward r*  ")]
+    assert "; 8 held-out prompts, ± one standard error" in " ".join(title.split()), "which run?"
     head, before, after, best = lines[at : at + 4]
     for title, (key, digits, _) in COLUMNS.items():
         assert title in head and f"{result[key]:.{digits}f}" in after.split(), title
@@ -534,7 +535,7 @@ def test_samples_txt_shows_both_completions_of_each_prompt(chain, tmp_path):
     after = dict(completions=[[*ids, enc.eot_token], ids] * 4, rewards=[0.25, 0.875] * 4)
     run = SimpleNamespace(path=lambda name: Path(tmp_path / name))
     write_samples(job, run, after, n=6)
-    blocks = read_samples(tmp_path)
+    blocks = read_samples(tmp_path / "samples.txt")
     assert len(blocks) == 6
     for i, (prompt, before, last) in enumerate(blocks):
         assert prompt == "prompt:  " + ("User:⏎⏎Hi⏎" * 20)[:-1] if i == 1 else \

@@ -251,7 +251,7 @@ def test_marking_as_documented_gives_full_marks(graded, tmp_path):
     total = re.search(r"That is (\d+) for the checks", README)[1]
     assert f"all: {total}\n" in said, said
     for number in "06", "08", "12":
-        assert re.search(rf"exercise {number}: (\d+) of \1; the prediction is not confirmed", said)
+        assert re.search(rf"exercise {number}: (\d+) of \1; the prediction was not measured", said)
     assert re.search(r"exercise 05: (\d+) of \1\n", said), "a confirmed prediction needs no note"
 
 

@@ -1,18 +1,15 @@
 """Laws of experiments/figures.py: the figures show the measured numbers, have labels, and nothing
 in them is cut off. One call draws every figure that a frontier.jsonl allows."""
 
-import json
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from test_plot_frontier import (GRID, START, P, assert_nothing_is_cut_off, best_reward,
-                                errorbars_of, evaluation, full_world, labels, line_of, saved_by,
-                                step_row, world, write_points, write_run)
+                                errorbars_of, full_world, labels, line_of, saved_by, step_row,
+                                world, write_points)
 
 from experiments.figures import (degeneration, dial, draw_all, inspection, main, online,
-                                 overoptimisation, ppo_curves, temperature, times_dpo)
-from plot_frontier import run_title
+                                 overoptimisation, temperature, times_dpo)
 
 
 @pytest.fixture(scope="module")
@@ -154,30 +151,6 @@ def test_the_ratio_to_dpo_is_given_as_a_range_over_the_seeds():
         ("reference-free", 0, 3), ("reference-free", 1, 6)) for step in (0, 10)]
     assert times_dpo(rows, "constant", "kl") == "1.5 to 3,000"
     assert times_dpo(rows, "reference-free", "kl") == "1.5"
-
-
-@pytest.mark.parametrize("stage, target", [("ppo", 2.0), ("ppo-gt", 0.0)])
-def test_ppo_has_curves_with_its_reward_kl_and_beta(tmp_path, stage, target):
-    run, reference_json = write_run(tmp_path, 40)
-    (run / "config.json").write_text(json.dumps(dict(
-        about=dict(stage=stage), settings=dict(ppo_target=target, ppo_beta=0.3))))
-    rows = [dict(step=i, kl=0.1 * i, reward=2.0 * i, beta=1 + i, clip_fraction=0.01 * i,
-                 explained_variance=0.02 * i, entropy=1.2) for i in range(20)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [
-        *rows, dict(step=19, eval=evaluation(1, True))]))
-    figure = saved_by(lambda: ppo_curves(run, reference_json))
-    assert figure.get_suptitle().startswith(run_title(stage, dict(ppo_target=target, ppo_beta=0.3)))
-    way, reward, kl, shares, beta = figure.axes
-    np.testing.assert_allclose(errorbars_of(way)[0].lines[0].get_xydata(), [(0, 0.5), (1.3, 0.8)])
-    for ax, label, key in ((reward, "rollouts", "reward"), (kl, "rollouts", "kl"),
-                           (shares, "explained variance", "explained_variance"),
-                           (shares, "clipped", "clip_fraction"), (beta, "β", "beta")):
-        np.testing.assert_allclose(line_of(ax, label).get_ydata(), [row[key] for row in rows])
-        assert ax.get_title() and ax.get_ylabel() and ax.get_xlabel() == "step"
-    assert ("r_φ" in reward.get_title()) == (stage == "ppo")
-    assert [x.get_ydata()[0] for x in kl.get_lines()[1:]] == [target] * bool(target)
-    assert_nothing_is_cut_off(figure)
-    assert (run / "curves.png").exists()
 
 
 def test_sec4_inspection_shows_each_pair_and_marks_those_in_the_wrong_order(tmp_path):

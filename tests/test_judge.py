@@ -314,7 +314,7 @@ def test_win_rates_over_temperatures_and_steps(place, tmp_path):
     for i, text in enumerate(texts[:4]):
         lines = [line[20:] for line in text.splitlines()]
         prompt, chosen, tuned, policy = lines
-        assert any(row["chosen"].split() == f"{prompt} {chosen}".split() for row in rows(40)), \
+        assert any(row["chosen"] == f"{prompt}{chosen}".replace("⏎", "\n") for row in rows(40)), \
             "the file's own answer to this prompt"
         for key, answer in (("Preferred-FT", tuned), ("DPO", policy)):
             win = float(pairwise_accuracy(toy.sentiment(answer), toy.sentiment(chosen)))
@@ -323,9 +323,13 @@ def test_win_rates_over_temperatures_and_steps(place, tmp_path):
     for p in (*table["points"], *steps):
         assert p["win"] == sum(p["wins"]) / 4 and p["disagree"] == 0
         assert p["win_se"] == pytest.approx(standard_error(torch.tensor(p["wins"])))
-    shown = result.out[result.out.index("win rate against"):].split("prompt:")[0]
-    assert "Preferred-FT" in shown and max(map(len, shown.splitlines())) <= 100
-    assert f"{points['DPO', 1]['win']:.3f} ±{points['DPO', 1]['win_se']:.3f}" in shown
+    shown = result.out[result.out.index("win rate against"):].split("prompt:")[0].splitlines()
+    assert max(map(len, shown)) <= 100 and not any("orders" in line for line in shown), \
+        "r* has the same verdict in both orders"
+    assert "Preferred-FT" in shown[3] and "DPO" in shown[3]
+    for line, p in zip(shown[4:], [points["DPO", t] for t in (0, 0.25, 0.5, 0.75, 1)] + steps):
+        error = f" ±{p['win_se']:.3f}" * (p["win_se"] > 0)
+        assert line.endswith(f"  {p['win']:.3f}{error}"), "temperatures, then steps"
     assert (run / "judge.png").stat().st_size > 10_000
 
     shutil.move(run, tmp_path / "first")
@@ -358,6 +362,7 @@ def test_an_endpoint_judges_a_given_reference_beside_preferred_ft(place, endpoin
         if line.startswith("Preferred-FT")] != reference, "Preferred-FT is not the given π_ref"
     settings = read_json(folder(out, "judge") / "config.json")["settings"]
     assert settings["judge"] == endpoint.url and "judged by m on 4" in result.out
+    assert "verdicts in the two orders differ in 100.0% of the comparisons" in result.out
     asked = len(endpoint.asked)
     shutil.rmtree(folder(out, "judge"))
     assert command(*argv).code == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, command, folder
 
+from evaluate import read_samples
 from experiments import lessons
 from support.settings import PRESETS
 
@@ -39,15 +40,24 @@ def test_sec4_inspect_shows_each_pair_and_its_weight(chain, copied, job):
     assert (run / "inspect.png").exists()
 
 
+def test_a_pair_of_texts_with_line_breaks_has_two_lines(job):
+    enc = job.data.enc
+    prompt, yw, yl = map(enc.encode_ordinary, ("User:\n\nHi", " was\nfine.", " was dull."))
+    row = dict.fromkeys("weight margin reward_gap norm_w norm_l cosine update".split(), 0.5)
+    text = lessons.inspection_text(job, [row], torch.tensor([0]), torch.tensor([1]),
+                                   [[enc.eot_token, *prompt]] * 2, [[*yw, enc.eot_token], yl])
+    pair = "  y_w  User:⏎⏎Hi| was⏎fine.\n  y_l  User:⏎⏎Hi| was dull.\n"
+    assert text.count(pair) == 2, "among the largest and among the smallest weights"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("weight", ["sigmoid", "constant", "ipo"])
 def test_the_ablation_changes_only_the_weight_or_only_the_loss(preset, weight):
-    runs = lessons.loss_ablation(replace(PRESETS[preset], weight=weight, run_seed=4, labels="soft"))
+    runs = lessons.loss_ablation(replace(PRESETS[preset], weight=weight, run_seed=4))
     names = ["sigmoid", "constant", "reference-free"] + ["ipo"] * (weight == "ipo")
     assert [*runs] == [f"{name} {seed}" for name in names for seed in (4, 5, 6)]
     dpo_run = vars(runs["sigmoid 4"])
-    assert dpo_run["weight"] == "sigmoid" and dpo_run["loss"] == "pairwise"
-    assert dpo_run["labels"] == "hard", "soft labels have no weight to compare"
+    assert [dpo_run[key] for key in ("weight", "loss", "labels")] == ["sigmoid", "pairwise", "hard"]
     for name, run in runs.items():
         kind, seed = name.split()
         other = {} if kind == "sigmoid" else dict(loss=kind) if "-" in kind else dict(weight=kind)
@@ -80,16 +90,24 @@ def test_degenerate_compares_dpo_with_other_weights_on_every_seed(chain, copied,
     assert all(start == starts[0] for start in starts), "all start at the same π_ref"
     ends = {json.dumps(mine[-1]["kl"]) for mine in runs.values()}
     assert len(ends) == 8, "every loss and every seed gives another policy"
-    blocks = (run / "degenerate.txt").read_text().split("\n\n")
-    labels = ["prompt:", "π_ref:", *(f"{name}:" for name in names.values())]
-    assert len(blocks) == 8 and all(line.startswith(label) for block in blocks
-                                    for line, label in zip(block.split("\n"), labels, strict=True))
+    blocks = read_samples(run / "degenerate.txt")
+    labels = [f"{name}:".ljust(10) for name in ("prompt", "π_ref", *names.values())]
+    samples = {}
+    for path in out.glob("toy/dpo*/samples.txt"):
+        settings = json.loads((path.parent / "config.json").read_text())["settings"]
+        samples[settings["loss"], settings["weight"], settings["run_seed"]] = read_samples(path)
+    mine = [samples[key] for key in (("pairwise", "sigmoid", 0), ("pairwise", "constant", 0), (
+        "reference-free", "sigmoid", 0), ("pairwise", f"{weight}:half", 0))]
+    assert len(samples) == len(blocks) == 8
+    for i, block in enumerate(blocks):
+        texts = [*mine[0][i][:2], *(lines[i][2] for lines in mine)]
+        assert block == [label + text[9:] for label, text in zip(labels, texts, strict=True)]
     for name, label in names.items():
         for seed in (0, 1):
             (line,) = [x for x in result.out.splitlines() if x.startswith(f"{label}, seed {seed}")]
             assert f"{runs[name, seed][-1]['ref_ppl']:.1f}" in line
         assert (f"{label} ends at " in result.out) == (label != "DPO")
-    assert blocks[0] in result.out and (run / "degenerate.png").exists()
+    assert "\n".join(blocks[0]) in result.out and (run / "degenerate.png").exists()
     assert all(len(x) <= 100 for x in result.out.splitlines() if "π_ref" in x and ":" not in x)
 
 

@@ -596,6 +596,21 @@ MISTAKES = {
         MODULE, "the losses have no gradient", "pi_logps", given=mine(
             f"import math\ndef dpo_loss({DPO_LOSS}):\n"
             "    zero = 0 * pi_logps.detach()\n    return zero[yw_idxs] + math.log(2), zero")),
+    **{f"a module whose loss is {value}": at_work(
+        MODULE, "is not finite at step 0", "the mistake is in mine.py; correct it", given=mine(
+            f"from dpo import dpo_loss as true\ndef dpo_loss({DPO_LOSS}):\n"
+            "    losses, r = true(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)\n"
+            f"    return {code}, r"))
+       for value, code in {"NaN": "losses / 0 - losses / 0", "of infinite slope": (
+           "losses + (pi_logps - pi_logps).sqrt()[yw_idxs]")}.items()},
+    "a module whose loss is NaN after a checkpoint": at_once(
+        f"{MODULE} --save-secs 0", "is not finite at step 2", "the mistake is in mine.py",
+        "after you delete out/toy/dpo-", given=mine(
+            f"from dpo import dpo_loss as true\ncalls = []\ndef dpo_loss({DPO_LOSS}):\n"
+            "    calls.append(0)\n"
+            "    losses, r = true(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)\n"
+            "    return losses / (len(calls) < 3), r")
+    )._replace(leaves=BEGUN | {"resume.pt"}),
     "a module that forgets π_ref": at_work(
         MODULE, "the first loss is", "log 2 = 0.6931", "a mistake in mine.py", given=mine(
             f"from dpo import dpo_loss as true\ndef dpo_loss({DPO_LOSS}):\n"

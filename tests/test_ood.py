@@ -135,12 +135,13 @@ def test_the_stage_measures_every_seed_and_set_and_prints_a_table(made):
         by = [row[f"r*: best of 6 by {x}"][0] for x in ("r̂", "r_φ", "r*")]
         assert max(by) == by[2] > row["r*: π_ref's samples"][0]
     lines = text[text.index("seeds: 2"):text.index("DPO's first")].splitlines()
-    assert max(map(len, lines)) <= 101, "100 columns, and the hat of r̂"
-    accuracy = next(x for x in lines if x.startswith("  r_φ"))
-    for name in SETS:
-        assert "{:.3f} ±{:.3f} ({:.2f}–{:.2f})".format(
-            *over_seeds(table, name, "accuracy: r_φ")) in accuracy
-        assert f"{name}: " in text and name in lines[2]
+    assert max(map(len, lines)) <= 100 and {*lines[1].split()} == {*" ".join(SETS).split()}
+    shown = {key: next(x for x in lines if x.startswith(key + " ")) for key in first}
+    assert len({len(x.replace("r̂", "r")) for x in shown.values()}) == 1, "r̂ is one column wide"
+    for key, line in shown.items():
+        cells = ["{:.3f} ±{:.3f}".format(*over_seeds(table, name, key)) for name in SETS]
+        assert line.split()[-6:] == " ".join(cells).split()
+    assert all(f"{name}: " in text for name in SETS)
     assert (run / "ood.png").exists()
     names = [path.name for path in (out / "toy").iterdir()]
     for stage in ("sft", "groups", "dpo", "rm"):
@@ -181,7 +182,7 @@ def world() -> dict:
 def test_a_measure_over_seeds_has_a_mean_an_error_and_a_range():
     assert over_seeds(world(), TEST, "accuracy: r_φ") == pytest.approx(
         (0.88, 0.03 / 2**0.5, 0.87, 0.89))
-    assert over_seeds(world(), SETS[-1], "gain: DPO's samples") is None
+    assert over_seeds(world(), [*SETS][-1], "gain: DPO's samples") is None
 
 
 def test_the_figure_shows_means_and_ranges_and_nothing_is_cut_off(tmp_path):

@@ -8,10 +8,8 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,10 +17,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 import plot_frontier
-from plot_frontier import (STYLES, caption, envelope, frontier, main, reliable_optimum, save_figure,
-                           run_title, smooth, training_curves)
-from support.runs import UserError
-from support.settings import TOY
+from plot_frontier import STYLES, caption, envelope, frontier, main, reliable_optimum
+from support.curves import save_figure
 
 # ------------------------------------------------------------------------------ a synthetic world
 
@@ -115,7 +111,8 @@ def evaluation(t: float, reward: bool) -> dict:
 BETA = 0.5  # of write_run's runs
 
 
-def write_run(folder: Path, n: int, reward: bool = True, **settings) -> tuple[Path, Path]:
+def write_run(folder: Path, n: int, title: str = "DPO, β 0.5", reward: bool = True,
+              loss: str = "pairwise") -> tuple[Path, Path]:
     """A run of n steps with its config.json and metrics.jsonl, and its groups' reference.json."""
     run, lines = folder / "toy" / "dpo", []
     run.mkdir(parents=True)
@@ -125,8 +122,9 @@ def write_run(folder: Path, n: int, reward: bool = True, **settings) -> tuple[Pa
             t = (i + 1) / n
             lines.append(dict(step=i, eval=evaluation(t, reward) | dict(accuracy=0.5 + 0.3 * t)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = dict(beta=BETA, loss="pairwise", weight="sigmoid", num_completions=4) | settings
-    (run / "config.json").write_text(json.dumps(dict(settings=settings, about=dict(stage="dpo"))))
+    (run / "config.json").write_text(json.dumps(dict(
+        about=dict(stage="dpo", title=title),
+        settings=dict(beta=BETA, loss=loss, num_completions=4))))
     reference_json, optimum = folder / "reference.json", [
         dict(kl=kl, reward=best_reward(kl), ess=8 / kl) for kl in (8.0, 1.0, 0.5, 3.0)] * reward
     reference_json.write_text(json.dumps(dict(point=evaluation(0, reward), optimum=optimum)))
@@ -240,6 +238,22 @@ def test_a_batch_of_envelopes_equals_single_ones_and_a_nan_is_no_point():
     for k, r, s, height in zip(kl, reward, start, envelope(kl, reward, at, start)):
         there = ~np.isnan(k)
         np.testing.assert_allclose(height, envelope(k[there], r[there], at, s), atol=1e-12)
+
+
+def test_cross_fit_chooses_outside_each_fold_and_measures_inside_it():
+    """Two folds, two policies. Outside the first fold the first policy is the best mixture at every
+    KL from 1 on, outside the second fold the second policy, at KL 2."""
+    kl = np.array([[[1, 2], [1, 2]], [[1.5, 2], [1, 2]]])  # (outside or inside, fold, policy)
+    reward = np.array([[[0.7, 0.6], [0.4, 0.8]], [[0.6, 0.9], [0.9, 0.8]]])
+    start, at = np.array([[0.5, 0.4], [0.4, 0.6]]), [0.5, 1, 2, 3]
+    # Each chosen policy gains 0.2 inside. At KL 0.5 the first fold takes half of its policy, which
+    # has KL 0.75 inside: the hull's slope, 0.2, corrects this gain by 0.05.
+    first, second = np.array([0.1 - 0.05, 0.2, 0.2, 0.2]), np.array([0.05, 0.1, 0.2, 0.2])
+    np.testing.assert_allclose(plot_frontier.cross_fit(kl, reward, start, at, ideal=False),
+                               (first + second) / 2)
+    # the optimum chooses nothing: its points inside each fold, NaN below the first one
+    np.testing.assert_allclose(plot_frontier.cross_fit(kl, reward, start, at, ideal=True),
+                               [np.nan, np.nan, (0.5 + 0.2) / 2, (0.5 + 0.2) / 2])
 
 
 # ------------------------------------------------------------------------------ the points
@@ -356,138 +370,6 @@ def test_the_same_points_give_the_same_svg(tmp_path):
     one, two = (save_figure(figure, tmp_path / name).read_bytes() for figure, name in (
         (frontier(full_world()), "one.svg"), (frontier(full_world()), "two.svg")))
     assert one == two and one.lstrip().startswith(b"<?xml")
-
-
-# ------------------------------------------------------------------------------ training curves
-
-@pytest.mark.parametrize("n, reward", [(1, True), (39, False)])
-def test_curves_are_drawn_for_a_run_of_any_length(tmp_path, n, reward):
-    run, reference_json = write_run(tmp_path, n, reward)
-    figure = saved_by(lambda: training_curves(run, reference_json))
-    pixels = matplotlib.image.imread(run / "curves.png")[..., :3]
-    assert pixels.shape[1] >= 1200 and pixels.shape[0] >= 700, "the picture is too small to read"
-    assert 0.02 < (pixels.mean(-1) < 0.95).mean() < 0.5, "the picture is blank or full"
-    way = figure.axes[0]
-    assert ("KL" in way.get_xlabel()) == reward and ("KL" in way.get_ylabel()) != reward
-    assert ("reward" in figure.get_suptitle()) == reward
-
-
-@pytest.fixture(scope="module")
-def curves(tmp_path_factory):
-    run = write_run(tmp_path_factory.mktemp("long"), 200)
-    return saved_by(lambda: training_curves(*run))
-
-
-def test_every_panel_has_a_title_units_and_a_legend_and_nothing_is_cut_off(curves):
-    for ax in curves.axes:
-        assert ax.get_title() and (ax.get_xlabel() == "step" or ax is curves.axes[0]), ax
-        names = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert len(names) >= 2 and len(set(names)) == len(names), f"{ax.get_title()}: {names}"
-        looks = {(x.get_linestyle(), x.get_marker()) for x in ax.get_legend().get_lines()}
-        assert len(looks) == len(ax.get_legend().get_lines()), "two lines differ in colour alone"
-    units = "0 to 1", "nats per pair", "nats", "w(m)", "share"
-    for ax, unit in zip(curves.axes, units, strict=True):
-        assert unit in ax.get_ylabel(), f"{ax.get_title()!r} has no unit: {ax.get_ylabel()!r}"
-    assert curves.get_suptitle() == "DPO, β 0.5: reward 0.500 → 0.800 at KL 1.3 nats"
-    assert curves.get_supxlabel().startswith("toy/dpo: "), "which folder is it?"
-    assert_nothing_is_cut_off(curves)
-
-
-def test_the_lines_are_what_was_logged_and_the_titles_say_where_they_begin_and_end(curves):
-    logged = [step_row(i, 200) for i in range(200)]
-    wanted = {(1, "training"): "loss", (2, "gap"): "margin", (2, "chosen"): "reward_chosen",
-              (2, "rejected"): "reward_rejected", (3, "median"): "weight_50",
-              (4, "pairs of the batch"): "accuracy"}
-    for (panel, label), key in wanted.items():
-        line = line_of(curves.axes[panel], label)
-        values = smooth([row[key] for row in logged]) / (BETA if panel == 2 else 1)
-        np.testing.assert_array_equal(line.get_xdata(), range(200))
-        np.testing.assert_allclose(line.get_ydata(), values)
-        title = curves.axes[panel].get_title()
-        assert (f"{label} {values[-1]:.3g}" if panel == 2 else
-                f": {values[0]:.3g} → {values[-1]:.3g}") in title
-    for label, key in (("5 to 95 % of pairs", "weight_95"), ("25 to 75 % of pairs", "weight_75")):
-        band, = [c for c in curves.axes[3].collections if c.get_label() == label]
-        assert band.get_paths()[0].vertices[:, 1].max() == max(smooth([r[key] for r in logged]))
-
-
-@pytest.mark.parametrize("loss, first, text", [
-    ("pairwise", math.log(2), "0.6931 = log 2"), ("pairwise", -1e-7, "0"),
-    ("plackett-luce", math.log(24), "3.1781 = log K!"), ("preferred-ft", 26.1867, "26.1867"),
-    ("reference-free", 11.5, "11.5"), ("unlikelihood", math.log(2), "0.6931")])
-def test_the_first_loss_is_named_only_if_it_equals_its_known_value(tmp_path, loss, first, text):
-    """Where π = π_ref, Eq. 7 is log 2 and Plackett-Luce is log K!. Other losses have no known first
-    value. Without π_ref in the loss, r̂/β is log π itself."""
-    run, reference_json = write_run(tmp_path, 4, loss=loss)
-    path = run / "metrics.jsonl"
-    rows = path.read_text().replace(f'"loss": {math.log(2)}', f'"loss": {first}', 1)
-    path.write_text(rows)
-    figure = saved_by(lambda: training_curves(run, reference_json))
-    start, = [x for x in figure.axes[1].get_lines() if "π_ref" in x.get_label()]
-    assert start.get_label() == f"first step, π = π_ref: {text}" and start.get_ydata()[0] == first
-    assert ("log π_ref" in figure.axes[2].get_ylabel()) == (loss != "reference-free")
-
-
-def test_the_panel_of_reward_against_kl_has_error_bars_and_the_optimum(curves):
-    steps = [0, 50, 100, 150, 200]
-    points, way = [evaluation(t / 200, True) for t in steps], curves.axes[0]
-    bars = errorbars_of(way)[0]
-    np.testing.assert_allclose(bars.lines[0].get_xydata(), [(p["kl"], p["reward"]) for p in points])
-    assert bars.lines[0].get_linestyle() == "-", "the points are joined in the order of steps"
-    for axis, key, lines in zip((0, 1), ("kl_se", "reward_se"), bars.lines[2]):
-        spans = [np.ptp(s[:, axis]) for s in lines.get_segments()]
-        np.testing.assert_allclose(spans, [2 * p[key] for p in points], atol=1e-12)
-    best = line_of(way, "optimum, Eq. 4").get_xydata()
-    np.testing.assert_allclose(best, [(kl, best_reward(kl)) for kl in (0.5, 1.0)])
-    assert [text.get_text() for text in way.texts] == ["step 200"]
-    held_out = line_of(curves.axes[4], "held-out pairs")
-    assert held_out.get_xdata().tolist() == steps[1:], "no accuracy was measured before training"
-
-
-def test_a_folder_and_a_weight_may_have_any_name(tmp_path):
-    """matplotlib would read $ as a formula, and cannot draw what is not UTF-8. A long name is not
-    cut."""
-    for name, title in (("$\\frac{$", "$\\frac{$"), ("a\nb\udcff", "a_b_"), ("my 1.5", "my 1.5"),
-                        ("x" * 200, "x" * 200)):
-        run, reference_json = write_run(tmp_path / name[:9], 2, weight=f"$w$.py:{name}")
-        figure = saved_by(lambda: training_curves(run.rename(run.parent / name), reference_json))
-        caption, above = ("".join(text.split()) for text in (
-            figure.get_supxlabel(), figure.get_suptitle()))
-        title = title.replace(" ", "")
-        assert f"/{title}:lines" in caption and f"weight$w$.py:{title}:reward" in above
-        figure.draw_without_rendering()
-
-
-def test_a_damaged_config_is_one_sentence(tmp_path):
-    run, reference_json = write_run(tmp_path, 2)
-    for text in ("", "5", "{}", '{"settings": {}, "about": {"stage": "dpo"}}',
-                 '{"settings": {"beta": 1, "loss": "pairwise"}, "about": {"stage": "x"}}'):
-        (run / "config.json").write_text(text)
-        with pytest.raises(UserError, match="config.json is damaged"):
-            training_curves(run, reference_json)
-
-
-@pytest.mark.parametrize("stage, settings, title", [
-    ("dpo", {}, "DPO, β 1.6"), ("dpo", dict(weight="constant"), "DPO, β 1.6, weight constant"),
-    ("dpo", dict(labels="soft", label_scale=5.0), "DPO, β 1.6, labels soft, label_scale 5.0"),
-    ("dpo", dict(loss="plackett-luce", seed=1), "DPO, β 1.6, loss plackett-luce, seed 1"),
-    ("dpo", dict(loss="reference-free"), "DPO, β 1.6, loss reference-free"),
-    ("online", {}, "online DPO (labels by r*), β 1.6"),
-    ("online", dict(online_labels="self"), "online DPO (labels by its own r̂), β 1.6"),
-    ("unlikelihood", dict(loss="unlikelihood"), "Unlikelihood, α 0.5"),
-    ("preferred-ft", dict(loss="preferred-ft", run_seed=2), "Preferred-FT, run_seed 2"),
-    ("ppo", {}, "PPO (learned reward), KL steered to 2"),
-    ("ppo-gt", dict(ppo_target=0.0), "PPO-GT (true reward), β 0.3")])
-def test_a_title_says_how_a_run_differs_from_dpo(stage, settings, title):
-    assert run_title(stage, vars(replace(TOY, **settings))) == title
-
-
-def test_smoothing_is_a_running_mean_that_keeps_the_length():
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 3, 10, 39, 40, 41, 79, 80, 1000):
-        values, half = rng.normal(size=n).tolist(), n // 40
-        by_hand = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(n)]
-        np.testing.assert_allclose(smooth(values), by_hand, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------ the command

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from test_plot_frontier import evaluation, frontier_point, step_row, world, write_points, write_run
 
 from experiments.figures import draw_all
-from plot_frontier import LOGGED
-from support.points import number, numbers, read_curves, read_points
+from support.points import DPO_LOGGED, number, numbers, read_curves, read_points
 from support.runs import UserError
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -87,7 +86,7 @@ def test_all_points_that_are_read_can_be_drawn(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------ a run's curves
 
 def test_the_steps_and_evaluations_of_a_run_are_those_that_were_logged(tmp_path):
-    steps, evals, optimum = read_curves(*write_run(tmp_path, 40), LOGGED)
+    steps, evals, optimum = read_curves(*write_run(tmp_path, 40))
     assert steps == [step_row(i, 40) for i in range(40)]
     assert [(p["kl"], p["ess"]) for p in optimum] == [(0.5, 16), (1, 8), (3, 8 / 3)], "by KL"
     assert evals == [evaluation(t / 40, True) | dict(
@@ -111,14 +110,14 @@ def test_a_damaged_run_is_one_sentence_that_names_the_file(tmp_path):
     path = run / "metrics.jsonl"
     good = [json.loads(line) for line in path.read_text().splitlines()]
     at = next(i for i, row in enumerate(good) if "eval" in row)
-    rows = [(what, row, 2) for what, row in spoiled({k: good[2][k] for k in LOGGED} | dict(step=1))
-            if "step" not in what]
+    step = {k: good[2][k] for k in DPO_LOGGED} | dict(step=1)
+    rows = [(what, row, 2) for what, row in spoiled(step) if "step" not in what]
     rows += [(what, row, at) for what, row in spoiled(good[at])]
     rows += [(str(x), dict(step=3, eval=x), at) for x in (5, None, [], "x", {})]
     for what, row, i in rows:
         path.write_text("".join(json.dumps(x) + "\n" for x in (*good[:i], row, *good[i + 1 :])))
         with pytest.raises(UserError, match="metrics.jsonl is damaged"):
-            read_curves(run, reference_json, LOGGED)
+            read_curves(run, reference_json)
             pytest.fail(f"{what} passes")
     path.write_text("".join(json.dumps(x) + "\n" for x in good))
     start = json.loads(reference_json.read_text())["point"]
@@ -130,4 +129,4 @@ def test_a_damaged_run_is_one_sentence_that_names_the_file(tmp_path):
                                       for _, row in spoiled(dict(eval=best[0])))):
         reference_json.write_text(text)
         with pytest.raises(UserError, match="reference.json is damaged"):
-            read_curves(run, reference_json, LOGGED)
+            read_curves(run, reference_json)

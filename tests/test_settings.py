@@ -13,7 +13,7 @@ import train
 from gpt import GPT, GPTConfig
 from support.runs import UserError, file_hash
 from support.settings import (GROUPS, OTHER_LOSSES, PRESETS, SETTINGS_OF, TOY, Settings, check,
-                              parse, run_name, settings_of, stage_of, user_files)
+                              parse, run_name, run_title, settings_of, stage_of, user_files)
 
 FIELDS = pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
 
@@ -80,13 +80,14 @@ def test_every_field_says_what_it_is_for():
 
 
 def test_the_preset_is_chosen_by_the_device_and_says_so():
-    assert parse([], cuda=True)[:3] == ("dpo", "imdb", "the default with CUDA")
+    assert parse([], cuda=True)[:3] == (
+        "dpo", "imdb", "preset imdb (the default with CUDA); stage dpo")
     assert parse(["--device", "cpu"], cuda=True)[1] == "toy"
-    stage, preset, reason, cfg = parse([], cuda=False)
-    assert (stage, preset, cfg) == ("dpo", "toy", TOY) and "CUDA" in reason
+    stage, preset, headline, cfg = parse([], cuda=False)
+    assert (stage, preset, cfg) == ("dpo", "toy", TOY) and "(the default without CUDA)" in headline
     for name in PRESETS:
         got = parse(["--preset", name, "--stage", "sft"], cuda=True)
-        assert got == ("sft", name, "--preset", PRESETS[name])
+        assert got == ("sft", name, f"preset {name} (--preset); stage sft", PRESETS[name])
 
 
 def test_the_stage_is_known_before_the_other_flags_are_read():
@@ -165,6 +166,34 @@ def test_a_run_name_is_a_folder_name():
                     for lr in (0.5, 0.75))
     assert len("unlikelihood" + long) < 256, "too long for a file system"
     assert long != longer, "two long names are equal"
+
+
+@pytest.mark.parametrize("flags, unused", [
+    ("--stage rm --label-noise 0.2 --jobs 2 --ppo-lr 1", "rm, which does not use --label-noise, "
+                                                         "--ppo-lr"),
+    ("--stage rm --rm-lr 1 --prompts 99", ""), ("--stage online --online-every 7 --beta 1", ""),
+    ("--stage sft --beta 0.5", "sft, which does not use --beta"),
+    ("--stage preferred-ft --dpo-steps 9", "")])
+def test_flags_that_do_not_change_a_stage_are_named(flags, unused):
+    _, _, headline, _ = parse(flags.split(), cuda=False)
+    assert headline == f"preset toy (the default without CUDA); stage {unused or flags.split()[1]}"
+
+
+@pytest.mark.parametrize("stage, settings, title", [
+    ("dpo", {}, "DPO, β 1.6"), ("dpo", dict(weight="constant"), "DPO, β 1.6, weight constant"),
+    ("dpo", dict(labels="soft", beta=0.5, dpo_steps=9), "DPO, β 0.5, dpo_steps 9, labels soft"),
+    ("dpo", dict(loss="plackett-luce", seed=1), "DPO, β 1.6, seed 1, loss plackett-luce"),
+    ("online", {}, "online DPO (labels by r*), β 1.6"),
+    ("online", dict(online_labels="self", online_every=5),
+     "online DPO (labels by self), β 1.6, online_every 5"),
+    ("unlikelihood", dict(alpha=0.1), "Unlikelihood, α 0.1"),
+    ("preferred-ft", dict(run_seed=2, ppo_steps=9), "Preferred-FT, run_seed 2"),
+    ("ppo", dict(beta=0.5), "PPO (learned reward), target KL 2"),
+    ("ppo-gt", dict(ppo_target=0.0), "PPO-GT (true reward), target KL 0"),
+    ("sft", dict(sft_lr=0.1), "sft, sft_lr 0.1")])
+def test_a_title_says_what_differs_from_the_preset_in_the_settings_of_its_stage(stage, settings,
+                                                                               title):
+    assert run_title(stage, replace(TOY, **settings), TOY) == title
 
 
 def test_a_users_file_is_a_parent_of_the_stages_that_read_it(tmp_path):

@@ -1,6 +1,7 @@
 """Laws of experiments/table.py: the table shows the known rewards of a synthetic world, its
 intervals contain them, and points above the optimum are named. Needs numpy alone."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_points_above_the_optimum_are_found_and_named():
     slope = np.diff(best_reward([1.2, 1.3]))[0] / 0.1
     (paired, _), *_ = excesses(honest + [liar | dict(kls=kls.tolist())])
     assert paired == pytest.approx(z / (1 - 2 * slope), rel=0.05)
-    text = table_text(honest + [liar], table(honest + [liar], 10))
+    text = " ".join(table_text(honest + [liar], table(honest + [liar], 10)).split())
     assert f"ppo-gt target=9 (seed 2, step 70) by {z:.1f}" in text
     far = frontier_point("ppo-gt", "target=9", 9.0, 0.99)
     cold = frontier_point("ppo-gt", "target=9", 1.23, 0.99, temperature=0.5)
@@ -168,8 +169,27 @@ def test_the_text_is_aligned_markdown_and_names_what_is_missing():
     assert cells[2][3] == ["1", "1", "350", "3,500"] and cells[2][2][2:] == ["-", "-"]
     assert "preferred-ft has no point at KL 1 or beyond: its largest KL is 0.20." in text
     assert "60 test prompts" in text and " Seeds: 0. " in text and "0.19M parameters" in text
-    imdb = [p | dict(preset="imdb") for p in points]
-    assert "KL 10" in table_text(imdb, table(imdb, 5)) and "KL 10" not in text
+
+
+def test_a_table_of_five_kls_fits_100_columns_and_stays_markdown():
+    """imdb's KLs are 1, 2, 3, 5 and 10. A KL that no method reaches has no column."""
+    points = [p | dict(preset="imdb") for p in world() + run_of("dpo", "beta=0.1", [4, 6], 1.0)]
+    long = [p | dict(method="best-of-n-implicit") for p in points if p["method"] == "preferred-ft"]
+    rows = table(points + long, 20)
+    text = table_text(points + long, rows)
+    assert max(map(len, text.splitlines())) <= 100
+    prose = [part for part in text.split("\n\n") if part[0] not in "|-"]
+    assert not any(re.match(r"([-+*]|\d+[.)]|#+|>)(\s|$)", line)
+                   for part in prose for line in part.split("\n")), "a wrapped line is no list"
+    notes = text.split("\n\n")[-1].splitlines()
+    assert {line[:2] for line in notes} == {"- ", "  "}, "a note's further lines belong to it"
+    heads = [line.split("|")[2:-1] for line in text.splitlines() if line.startswith("| method")]
+    assert [[cell.strip() for cell in head] for head in heads] == [
+        ["KL 1", "KL 2", "KL 3"], ["KL 5"], ["KL 1", "KL 2", "KL 3"],
+        ["runs", "seeds", "seconds", "samples"]], "rewards, shares, cost"
+    for row in rows:
+        for value in filter(None, [*row["reward"].values(), *row["share"].values()]):
+            assert "{:.3f} ({:.3f}, {:.3f})".format(*value) in text
 
 
 def test_a_frontier_without_pi_ref_is_refused():

@@ -29,7 +29,7 @@ import dpo
 import train
 from data_imdb import Groups, Tokens
 from gpt import GPT, GPTConfig, pad_rows
-from job import Job
+from job import Job, seed_of
 from reward import ToyReward
 from support import hf_gpt2, toy_reviews
 from support.runs import (Run, UserError, file_hash, json_hash, load_tensors, main_exit,
@@ -452,6 +452,21 @@ def test_label_noise_flips_its_share_of_the_pairs_and_in_every_pass_the_same():
     assert labels(label_noise=0.2, run_seed=1)[3] != won
 
 
+def test_sampled_labels_are_the_same_whether_or_not_label_noise_is_drawn():
+    """They are the first uniforms of the generator; flips, too rare here to occur, are the next."""
+    cfg, groups = replace(CFG, labels="sampled", dpo_batch=200), make_groups(200)
+    uniforms = torch.rand(200, 6, generator=torch.Generator().manual_seed(
+        seed_of(cfg, "dpo", "labels")))
+    for noise in (0.0, 1e-9):
+        (m,), _ = preference_batches(replace(cfg, label_noise=noise), groups,
+                                     torch.arange(200.0)[:, None].expand(200, 4),
+                                     list(range(200)))(0)
+        order = m["ref_logps"].view(200, 4)[:, 0].long()
+        yw, yl, _ = dpo.label_pairs(torch.from_numpy(groups.rewards)[order], "sampled",
+                                    cfg.label_scale, uniforms[order])
+        assert torch.equal(m["yw_idxs"], yw) and torch.equal(m["yl_idxs"], yl), noise
+
+
 @pytest.mark.parametrize("loss, labels", [
     ("pairwise", "hard"), ("pairwise", "soft"), ("pairwise", "sampled"), ("plackett-luce", "hard"),
     ("unlikelihood", "hard"), ("preferred-ft", "hard")])
@@ -689,7 +704,7 @@ def test_dpo_with_another_loss_is_a_stage_of_its_own(chain, copied, stage, shown
     out = copied("sft", "groups")
     result = command("--stage", stage, *TINY, "--dpo-steps", 1, "--out", out, "--data", chain.data)
     assert result.code == 0 and result.out.count("found in") == 2, result.err
-    assert f"\nπ_θ: {shown}; " in result.out
+    assert f"\nπ_θ: {shown}, " in result.out
     assert "next:    python train.py --stage dpo --preset toy" in result.out, "DPO, to compare"
     assert read_json(folder(out, stage) / "config.json")["settings"]["loss"] == stage
 
@@ -773,7 +788,7 @@ def test_a_finished_stage_is_found_and_nothing_is_written(chain):
         assert table in result.out, "another table"
     assert files == {path: path.stat().st_mtime_ns for path in chain.out.rglob("*")
                      if path.is_file()}, "a file was written again"
-    assert chain.text.startswith("preset toy (--preset); stage dpo\n")
+    assert chain.text.startswith("preset toy (--preset); stage dpo, which does not use --")
     assert re.findall(r"^(\w+): making", chain.text, re.M) == ["sft", "groups", "dpo"]
 
 
