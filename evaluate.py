@@ -308,7 +308,7 @@ def report(job, stage: str) -> None:
     print(f"Look first at {look}.\nThen compare {kept} with π_ref's, and look at the curves.")
     print(f"samples: {folder / 'samples.txt'}")
     if not (folder / "curves.png").exists():  # drawn here: a sweep's runs need none
-        training_curves(folder, job.folder("groups") / "reference.json")
+        training_curves(folder)
     print(f"curves:  {folder / 'curves.png'}")
     command, flags = STAGE.parse_known_args(job.command)
     runs = {"dpo": "DPO, to compare"}

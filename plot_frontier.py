@@ -1,7 +1,7 @@
 """Draws Figure 2, the reward-KL frontier, from a frontier.jsonl.
 
-    python plot_frontier.py out/toy/frontier                       frontier.png and frontier.svg
-    python plot_frontier.py out/toy/dpo --groups out/toy/groups    curves.png
+    python plot_frontier.py out/toy/frontier    frontier.png and frontier.svg
+    python plot_frontier.py out/toy/dpo         curves.png
 
 Needs numpy and matplotlib alone: it reads what the runs have written. A run's training curves stand
 in support/curves.py, the table and all other figures in experiments/table.py and
@@ -288,15 +288,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("path", nargs="?", type=Path, default=Path("out/toy/frontier"),
                         help="a frontier.jsonl, its folder, or the folder of a dpo or ppo run "
                         "(default: %(default)s)")
-    parser.add_argument("--groups", type=Path, default=Path("out/toy/groups"),
-                        help="the groups that the run learned from (default: %(default)s)")
     args = parser.parse_args(argv)
     with reading(args.path):
         folder = args.path if args.path.is_dir() else args.path.parent
         is_run = (args.path / "metrics.jsonl").is_file() and \
             not (args.path / "frontier.jsonl").exists()  # a frontier's folder holds both files
     if is_run:
-        print(training_curves(folder, args.groups / "reference.json"))
+        print(training_curves(folder))
         return
     figure = frontier(read_points(args.path))
     for name in ("frontier.png", "frontier.svg"):

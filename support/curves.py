@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from support.points import DPO_LOGGED, number, read_curves
-from support.runs import read_json, reading, write_whole
+from support.points import DPO_LOGGED, read_curves
+from support.runs import write_whole
 
 KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, from 0 to 1"
 
@@ -25,26 +25,19 @@ def save_figure(figure: Figure, path: Path, dpi: int = 130) -> Path:
     return path
 
 
-def training_curves(folder: Path, reference_json: Path) -> Path:
+def training_curves(folder: Path) -> Path:
     """Draw folder/curves.png: reward against KL, and four panels over the steps.
 
-    reference_json: the groups' file. UserError if the folder holds no DPO or PPO run, or a damaged
-    one.
+    UserError if the folder holds no DPO or PPO run, or a damaged one.
     """
-    steps, evals, optimum = read_curves(folder, reference_json)
-    with reading(folder / "config.json"):
-        config = read_json(folder / "config.json")
-        settings, title = config["settings"], config["about"].get("title", folder.name)
-        loss = str(settings.get("loss"))
-        beta, K, target = (number(settings.get(key, 1))
-                           for key in ("beta", "num_completions", "ppo_target"))
+    run, steps, evals, optimum = read_curves(folder)
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     way, *panels = figure.subplot_mosaic("abc;ade").values()
-    title = f"{title}: {reward_against_kl(way, evals, optimum)}"
+    title = f"{run['title']}: {reward_against_kl(way, evals, optimum)}"
     if DPO_LOGGED[-1] in steps[0]:
-        dpo_panels(panels, steps, evals, loss, beta, K)
+        dpo_panels(panels, steps, evals, run["loss"], run["beta"], run["num_completions"])
     else:
-        ppo_panels(panels, steps, target)
+        ppo_panels(panels, steps, run["ppo_target"])
     for ax in figure.axes:
         high = ax.get_subplotspec().rowspan.stop - ax.get_subplotspec().rowspan.start
         ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16 / high))

@@ -84,12 +84,12 @@ DPO_LOGGED = [*"loss margin reward_chosen reward_rejected accuracy".split(),
 PPO_LOGGED = "reward kl beta explained_variance clip_fraction".split()
 
 
-def read_curves(folder: Path, reference_json: Path) -> tuple[list[dict], list[dict], list[dict]]:
-    """The steps of a DPO or PPO run, whose values are numbers; its evaluations; and in the order of
-    KL the points of the optimum that have at least 2 effective samples per prompt.
+def read_curves(folder: Path) -> tuple[dict, list[dict], list[dict], list[dict]]:
+    """A DPO or PPO run: its title and settings; its steps; its evaluations; and in the order of KL
+    the points of the optimum that have at least 2 effective samples per prompt.
 
-    reference_json: the groups' file, whose point is the evaluation at step 0. UserError where the
-    folder holds no such run, or a file is damaged.
+    The evaluation at step 0 and the optimum stand in the folder of the run's groups, beside this
+    folder. UserError where the folder holds no such run, or a file is damaged.
     """
     path, measures = folder / "metrics.jsonl", "kl kl_se reward reward_se".split()
     rows = read_rows(path)
@@ -98,6 +98,13 @@ def read_curves(folder: Path, reference_json: Path) -> tuple[list[dict], list[di
     if not keys:
         raise UserError(f"{folder} holds no run of dpo or ppo: give the folder of one, or a "
                         "frontier's")
+    with reading(folder / "config.json"):
+        config = read_json(folder / "config.json")
+        about, settings = config["about"], config["settings"]
+        run = dict(title=about.get("title", folder.name), loss=str(settings.get("loss")))
+        run |= {key: number(settings.get(key, 1))
+                for key in ("beta", "num_completions", "ppo_target")}
+        reference_json = folder.parent / about.get("groups", "groups") / "reference.json"
     with reading(reference_json):
         reference = read_json(reference_json)
         evals = [numbers(reference["point"], measures) | dict(step=0, accuracy=None)]
@@ -109,4 +116,4 @@ def read_curves(folder: Path, reference_json: Path) -> tuple[list[dict], list[di
         for row in steps:
             for key in keys[0]:
                 number(row[key])
-    return steps, evals, optimum
+    return run, steps, evals, optimum

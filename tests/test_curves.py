@@ -16,8 +16,8 @@ from support.runs import UserError
 
 @pytest.mark.parametrize("n, reward", [(1, True), (39, False)])
 def test_curves_are_drawn_for_a_run_of_any_length(tmp_path, n, reward):
-    run, reference_json = write_run(tmp_path, n, reward=reward)
-    figure = saved_by(lambda: training_curves(run, reference_json))
+    run = write_run(tmp_path, n, reward=reward)
+    figure = saved_by(lambda: training_curves(run))
     pixels = matplotlib.image.imread(run / "curves.png")[..., :3]
     assert pixels.shape[1] >= 1200 and pixels.shape[0] >= 700, "the picture is too small to read"
     assert 0.02 < (pixels.mean(-1) < 0.95).mean() < 0.5, "the picture is blank or full"
@@ -29,7 +29,7 @@ def test_curves_are_drawn_for_a_run_of_any_length(tmp_path, n, reward):
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("long"), 200)
-    return saved_by(lambda: training_curves(*run))
+    return saved_by(lambda: training_curves(run))
 
 
 def test_every_panel_has_a_title_units_and_a_legend_and_nothing_is_cut_off(curves):
@@ -72,11 +72,11 @@ def test_the_lines_are_what_was_logged_and_the_titles_say_where_they_begin_and_e
 def test_the_first_loss_is_named_only_if_it_equals_its_known_value(tmp_path, loss, first, text):
     """Where π = π_ref, Eq. 7 is log 2 and Plackett-Luce is log K!. Other losses have no known first
     value. Without π_ref in the loss, r̂/β is log π itself."""
-    run, reference_json = write_run(tmp_path, 4, loss=loss)
+    run = write_run(tmp_path, 4, loss=loss)
     path = run / "metrics.jsonl"
     rows = path.read_text().replace(f'"loss": {math.log(2)}', f'"loss": {first}', 1)
     path.write_text(rows)
-    figure = saved_by(lambda: training_curves(run, reference_json))
+    figure = saved_by(lambda: training_curves(run))
     start, = [x for x in figure.axes[1].get_lines() if "π_ref" in x.get_label()]
     assert start.get_label() == f"first step, π = π_ref: {text}" and start.get_ydata()[0] == first
     assert ("log π_ref" in figure.axes[2].get_ylabel()) == (loss != "reference-free")
@@ -103,8 +103,8 @@ def test_a_folder_and_a_title_may_have_any_name(tmp_path):
     cut."""
     for name, title in (("$\\frac{$", "$\\frac{$"), ("a\nb\udcff", "a_b_"), ("my 1.5", "my 1.5"),
                         ("x" * 200, "x" * 200)):
-        run, reference_json = write_run(tmp_path / name[:9], 2, f"DPO, weight $w$.py:{name}")
-        figure = saved_by(lambda: training_curves(run.rename(run.parent / name), reference_json))
+        run = write_run(tmp_path / name[:9], 2, f"DPO, weight $w$.py:{name}")
+        figure = saved_by(lambda: training_curves(run.rename(run.parent / name)))
         caption, above = ("".join(text.split()) for text in (
             figure.get_supxlabel(), figure.get_suptitle()))
         title = title.replace(" ", "")
@@ -113,24 +113,25 @@ def test_a_folder_and_a_title_may_have_any_name(tmp_path):
 
 
 def test_a_damaged_config_is_one_sentence(tmp_path):
-    run, reference_json = write_run(tmp_path, 2)
+    run = write_run(tmp_path, 2)
     for text in ("", "5", "{}", '{"settings": {}}', '{"about": {"title": "x"}}',
                  '{"settings": {"beta": "1"}, "about": {}}'):
         (run / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json is damaged"):
-            training_curves(run, reference_json)
+            training_curves(run)
 
 
 @pytest.mark.parametrize("target", [2.0, 0.0])
 def test_ppo_has_curves_with_its_reward_kl_and_beta(tmp_path, target):
-    run, reference_json = write_run(tmp_path, 40)
+    run = write_run(tmp_path, 40)
+    (run.parent / "groups-x").rename(run.parent / "groups")
     (run / "config.json").write_text(json.dumps(dict(
-        about=dict(stage="ppo", title="PPO of some kind"), settings=dict(ppo_target=target))))
+        about=dict(title="PPO of some kind"), settings=dict(ppo_target=target))))
     rows = [dict(step=i, kl=0.1 * i, reward=2.0 * i, beta=1 + i, clip_fraction=0.01 * i,
                  explained_variance=0.02 * i, entropy=1.2) for i in range(20)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [
         *rows, dict(step=19, eval=evaluation(1, True))]))
-    figure = saved_by(lambda: training_curves(run, reference_json))
+    figure = saved_by(lambda: training_curves(run))
     assert figure.get_suptitle().startswith("PPO of some kind: reward 0.500")
     way, reward, kl, shares, beta = figure.axes
     np.testing.assert_allclose(errorbars_of(way)[0].lines[0].get_xydata(), [(0, 0.5), (1.3, 0.8)])

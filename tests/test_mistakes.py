@@ -801,24 +801,24 @@ MISTAKES = {
     "curves of an empty run": at_once("plot_frontier.py f", "holds no run of dpo",
                                       given=write("f/metrics.jsonl", "")),
     **{f"curves of {name}": at_once(
-        "plot_frontier.py {dpo} --groups {groups}", "metrics.jsonl is damaged", given=change(
+        "plot_frontier.py {dpo}", "metrics.jsonl is damaged", given=change(
             "dpo/metrics.jsonl", lambda old, value=value: re.sub(
                 rb'("margin": )[^,]*', rb"\g<1>" + value, old)))
        for name, value in (("text", b'"1"'), ("NaN", b"NaN"), ("null", b"null"),
                            ("a boolean", b"true"), ("400 digits", b"9" * 400))},
     "curves without a column": at_once(
-        "plot_frontier.py {dpo} --groups {groups}", "metrics.jsonl is damaged", "margin",
+        "plot_frontier.py {dpo}", "metrics.jsonl is damaged", "margin",
         given=change("dpo/metrics.jsonl", lambda old: old.replace(b'"margin"', b'"m"'))),
     **{f"curves of a run that begins with {row}": at_once(
         "plot_frontier.py {dpo}", "holds no run of dpo", given=change(
             "dpo/metrics.jsonl", lambda old, row=row: row.encode() + b"\n" + old))
        for row in ("5", "null", "{}", '{"step": 0}')},
     **{f"curves from a reference.json of {text[:9]}": at_once(
-        "plot_frontier.py {dpo} --groups f", "f/reference.json is damaged", "restore", given=write(
-            "f/reference.json", text))
+        "plot_frontier.py {dpo}", "reference.json is damaged", "restore", given=write(
+            "groups/reference.json", text))
        for text in ("{}", "5", "[]", '{"point": {}}', "[" * 100_000)},
-    "curves without their groups": at_once("plot_frontier.py {dpo} --groups nowhere", "cannot read",
-                                           "nowhere/reference.json"),
+    "curves without their groups": at_once("plot_frontier.py {dpo}", "cannot read",
+                                           "reference.json: No such", given=remove("groups")),
     "a picture that cannot be written": at_once(
         "plot_frontier.py f", "cannot write f/frontier.png", given=(
             write("f/frontier.jsonl", [frontier_point("sft")]),

@@ -112,8 +112,8 @@ BETA = 0.5  # of write_run's runs
 
 
 def write_run(folder: Path, n: int, title: str = "DPO, β 0.5", reward: bool = True,
-              loss: str = "pairwise") -> tuple[Path, Path]:
-    """A run of n steps with its config.json and metrics.jsonl, and its groups' reference.json."""
+              loss: str = "pairwise") -> Path:
+    """The folder of a run of n steps, and beside it the folder of its groups."""
     run, lines = folder / "toy" / "dpo", []
     run.mkdir(parents=True)
     for i in range(n):
@@ -123,12 +123,14 @@ def write_run(folder: Path, n: int, title: str = "DPO, β 0.5", reward: bool = T
             lines.append(dict(step=i, eval=evaluation(t, reward) | dict(accuracy=0.5 + 0.3 * t)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "config.json").write_text(json.dumps(dict(
-        about=dict(stage="dpo", title=title),
+        about=dict(stage="dpo", title=title, groups="groups-x"),
         settings=dict(beta=BETA, loss=loss, num_completions=4))))
-    reference_json, optimum = folder / "reference.json", [
+    groups, optimum = run.parent / "groups-x", [
         dict(kl=kl, reward=best_reward(kl), ess=8 / kl) for kl in (8.0, 1.0, 0.5, 3.0)] * reward
-    reference_json.write_text(json.dumps(dict(point=evaluation(0, reward), optimum=optimum)))
-    return run, reference_json
+    groups.mkdir()
+    (groups / "reference.json").write_text(
+        json.dumps(dict(point=evaluation(0, reward), optimum=optimum)))
+    return run
 
 
 # ------------------------------------------------------------------------------ looks at figures
@@ -384,8 +386,8 @@ def test_main_draws_a_file_a_folder_or_the_curves_of_a_dpo_run(tmp_path, capsys,
         assert pictures == [str(path.parent / f"frontier.{kind}") for kind in ("png", "svg")]
         assert hint.endswith(f"python -m experiments.figures {path.parent}")
         assert all((path.parent / f"frontier.{kind}").exists() for kind in ("png", "svg"))
-    run, reference_json = write_run(tmp_path, 3)
-    main([str(run), "--groups", str(reference_json.parent)])
+    run = write_run(tmp_path, 3)
+    main([str(run)])
     assert capsys.readouterr().out == f"{run / 'curves.png'}\n"
 
 

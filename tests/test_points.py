@@ -86,7 +86,9 @@ def test_all_points_that_are_read_can_be_drawn(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------ a run's curves
 
 def test_the_steps_and_evaluations_of_a_run_are_those_that_were_logged(tmp_path):
-    steps, evals, optimum = read_curves(*write_run(tmp_path, 40))
+    run, steps, evals, optimum = read_curves(write_run(tmp_path, 40))
+    assert run == dict(title="DPO, β 0.5", loss="pairwise", beta=0.5, num_completions=4,
+                       ppo_target=1), "a setting that a run does not have is 1"
     assert steps == [step_row(i, 40) for i in range(40)]
     assert [(p["kl"], p["ess"]) for p in optimum] == [(0.5, 16), (1, 8), (3, 8 / 3)], "by KL"
     assert evals == [evaluation(t / 40, True) | dict(
@@ -106,7 +108,8 @@ def spoiled(row: dict):
 
 
 def test_a_damaged_run_is_one_sentence_that_names_the_file(tmp_path):
-    run, reference_json = write_run(tmp_path, 4)
+    run = write_run(tmp_path, 4)
+    reference_json = run.parent / "groups-x" / "reference.json"
     path = run / "metrics.jsonl"
     good = [json.loads(line) for line in path.read_text().splitlines()]
     at = next(i for i, row in enumerate(good) if "eval" in row)
@@ -117,7 +120,7 @@ def test_a_damaged_run_is_one_sentence_that_names_the_file(tmp_path):
     for what, row, i in rows:
         path.write_text("".join(json.dumps(x) + "\n" for x in (*good[:i], row, *good[i + 1 :])))
         with pytest.raises(UserError, match="metrics.jsonl is damaged"):
-            read_curves(run, reference_json)
+            read_curves(run)
             pytest.fail(f"{what} passes")
     path.write_text("".join(json.dumps(x) + "\n" for x in good))
     start = json.loads(reference_json.read_text())["point"]
@@ -129,4 +132,4 @@ def test_a_damaged_run_is_one_sentence_that_names_the_file(tmp_path):
                                       for _, row in spoiled(dict(eval=best[0])))):
         reference_json.write_text(text)
         with pytest.raises(UserError, match="reference.json is damaged"):
-            read_curves(run, reference_json)
+            read_curves(run)
