@@ -254,8 +254,8 @@ def inspection(inspected: dict, metrics: list[dict], path: Path) -> None:
     c.set_title("\n".join(
         f"{name}: accuracy {x['accuracy']:.3f}, rank correlation {x['rank_correlation']:.3f}"
         for name, x in (("r̂", inspected), ("r_φ", inspected.get("learned"))) if x), fontsize=10)
-    figure.suptitle("Section 4: w(m) = σ(-m) pushes pairs in the wrong order hardest, and leaves "
-                    "pairs well in order alone")
+    figure.suptitle("Section 4: w(m) = σ(-m) pushes pairs in the wrong order hardest, and "
+                    "hardly changes pairs that are clearly in order")
     for ax in (a, b, c):
         ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         ax.grid(alpha=0.25)

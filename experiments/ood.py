@@ -181,11 +181,11 @@ def draw(results: dict, path: Path) -> None:
     for ax, (what, (label, title)) in zip(figure.subplots(1, 2), panels.items()):
         mine = [key for key in results["rows"][0]["measures"] if key.startswith(what)]
         for i, key in enumerate(mine):
-            legend, colour, marker, line = looks[key.split()[-1]]
+            legend, colour, marker, _ = looks[key.split()[-1]]
             rows = [(x + 0.12 * (i - (len(mine) - 1) / 2), *found) for x, name in enumerate(SETS)
                     if (found := over_seeds(results, name, key))]
             x, mean, _, low, high = np.reshape(rows, (-1, 5)).T
-            ax.errorbar(x, mean, (mean - low, high - mean), color=colour, marker=marker, ls=line,
+            ax.errorbar(x, mean, (mean - low, high - mean), color=colour, marker=marker, ls="",
                         capsize=3, label=legend)
             side = -1 if key.endswith("r̂") else 1
             for at in zip(x, mean):
@@ -207,9 +207,10 @@ def draw(results: dict, path: Path) -> None:
 
 
 MEASURES = """\
-accuracy: share of pairs of π_ref's samples that are in the order of r*; gain: gain in r* over
-π_ref, as a share of that of best of N by r*, or (DPO's samples) of the optimum at DPO's KL; r*:
-mean over samples; KL: KL(π ‖ π_ref) in nats per completion. ood.png shows the range over seeds."""
+accuracy: share of pairs of π_ref's samples that are in the order of r*; gain: r* minus π_ref's,
+divided by the same difference for best of {N} by r*, or (DPO's samples) for the optimum at DPO's
+KL; r*: mean over samples; KL: KL(π ‖ π_ref) in nats per completion. ood.png has the range of the
+seeds."""
 
 
 def report_ood(job: Job) -> None:
@@ -223,8 +224,9 @@ def report_ood(job: Job) -> None:
             points[key] |= {name: mean, name + "_se": se}
     print(f"\nseeds: {len(results['rows']) // len(SETS)}; means, ± one standard error over "
           f"{results['P']} prompts per set and seed")
-    print(table(points, {name: (name, 3, meaning) for name, meaning in SETS.items()}), MEASURES,
-          "\nDPO's first sample on each set, after its prompt:", sep="\n")
+    print(table(points, {name: (name, 3, meaning) for name, meaning in SETS.items()}),
+          MEASURES.format(**results), "", "DPO's first sample on each set, after its prompt:",
+          sep="\n")
     print("\n".join(f"  {row['prompts']}: {row['example']}" for row in first))
     print(f"\npicture: {folder / 'ood.png'}")
 
