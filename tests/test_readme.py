@@ -18,9 +18,10 @@ from support.settings import PRESETS, SETTINGS_OF, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in (
-    ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "exercises" / "README.md")}
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"),
+    ROOT / "exercises" / "README.md", ROOT / "results" / "README.md")}
 README, TEXT = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", TEXT, re.S)
+COMMANDS = [line for block in re.findall(r"^```\w*\n(.*?)^```", TEXT, re.S | re.M)
             for line in block.splitlines() if re.search(r"python|torchrun", line)]
 MAP = re.findall(r"^\| ([^|]+) \| `(\w+)` \| `pytest -k (\w+)` \|", README, re.M)
 
@@ -77,7 +78,8 @@ def test_every_preset_and_stage_is_named():
 def test_every_link_and_picture_exists(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"a link to {target}, which does not exist"
+            file = page.parent / target.partition("#")[0]
+            assert file.exists(), f"a link to {target}, which does not exist"
 
 
 def test_readme_is_short():
