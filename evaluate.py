@@ -292,10 +292,11 @@ def report(job, stage: str) -> None:
     if optimum:
         points["optimum at that KL"] = dict(reward=best, kl=after["kl"])
     title = f"π_θ: {job.title(stage)}; {after['samples']} held-out prompts, ± one standard error"
-    print("", *textwrap.wrap(title, 100), table(points), sep="\n")
+    print("", *textwrap.wrap(title, 100, break_on_hyphens=False), table(points), sep="\n")
     if optimum:
         print("The optimum is the largest reward that any policy can have at that KL (Eq. 4).")
-    print(f"The one-sample estimate of KL is {after['kl_mc']:.3f} ±{after['kl_mc_se']:.3f}.\n")
+    print(f"The one-sample estimate of KL is {round(after['kl_mc'], 3) + 0:.3f} "
+          f"±{after['kl_mc_se']:.3f}.\n")
     print("\n\n".join(map("\n".join, read_samples(folder / "samples.txt")[:4])) + "\n")
     look = "KL, π_θ's distance from π_ref"
     last = max((p["kl"] for p in optimum if p["ess"] >= 2), default=0)
@@ -305,7 +306,8 @@ def report(job, stage: str) -> None:
     elif optimum and after["kl"] > last:
         look = f"KL: above {last:.2f} the optimum cannot be estimated, so its reward is \"-\""
     kept = "grammatical" if after["grammatical"] is not None else "repeated"
-    print(f"Look first at {look}.\nThen compare {kept} with π_ref's, and look at the curves.")
+    print(f"Look first at {look}.\nThen compare the column \"{kept}\" with that of π_ref, and look "
+          "at the curves.")
     print(f"samples: {folder / 'samples.txt'}")
     if not (folder / "curves.png").exists():  # drawn here: a sweep's runs need none
         training_curves(folder)

@@ -100,11 +100,10 @@ class Job:
         """What a run records about its command and machine. This is not part of its identity."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else \
             f"{platform.processor() or platform.machine()} CPU"
-        return dict(stage=stage, title=self.title(stage), groups=self.folder("groups").name,
-                    command=self.command, preset=self.preset, device=device,
-                    threads=torch.get_num_threads(), processes=ranks.WORLD,
-                    torch=torch.__version__, python=platform.python_version(),
-                    started=time.strftime("%Y-%m-%d %H:%M:%S"))
+        return dict(stage=stage, title=self.title(stage), command=self.command,
+                    preset=self.preset, device=device, threads=torch.get_num_threads(),
+                    processes=ranks.WORLD, torch=torch.__version__,
+                    python=platform.python_version(), started=time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def read_given(self, stages: set[str]) -> None:
         """Read the files that a user gave to these stages, to report their errors at once."""

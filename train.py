@@ -106,8 +106,11 @@ def check_finite(run: Run, state, what: str, step: int, saved: int) -> None:
         last = f"the last checkpoint is of step {saved}" if saved else "nothing was saved before it"
         rate = SETTINGS_OF[stage][-1].replace("groups", "sft")  # chosen uses the rate of sft
         rate = "--ppo-lr or --ppo-value-lr" if rate == "ppo" else f"--{rate}-lr"
-        raise Diverged(f"{stage}: {what} is not finite at step {step}; {last}; try a lower {rate}, "
-                       "or --precision fp32")
+        text = (f"{stage}: {what} is not finite at step {step}; {last}; try a lower {rate}, or "
+                "--precision fp32")
+        if module := run.settings.get("dpo_module"):
+            raise student.CodeError(f"{text}. Perhaps the mistake is in {module}")
+        raise Diverged(text)
 
 
 def fit(job: Job, run: Run, model, batches, loss_fn, *, steps: int, lr: float, warmup: int,
@@ -489,8 +492,8 @@ def preference_loss(cfg: Settings):
         else:
             losses, rewards = dpo.weighted_loss(pi_logps, ref_logps, yw, yl, cfg.beta, weight)
         if not losses.requires_grad:  # possible in a student's dpo_loss
-            raise student.CodeError(f"{cfg.dpo_module}: the losses have no gradient; compute them "
-                                    "from pi_logps")
+            raise student.CodeError(f"{cfg.dpo_module or 'dpo.py'}: the losses have no gradient; "
+                                    "compute them from pi_logps")
         margin, logps = rewards[yw] - rewards[yl], pi_logps.detach()
         return losses.sum(), dict(
             accuracy=pairwise_accuracy(rewards[yw], rewards[yl]), margin=margin,
@@ -567,18 +570,12 @@ def dpo_stage(job: Job, run: Run, fresh_groups=None) -> None:
         fresh = fresh_groups and fresh_groups(job, policy, stored)
         batches, loss_fn = (student.blamed(f, cfg.dpo_module)
                             for f in (fresh or stored, preference_loss(cfg)))
-        try:
-            point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
-                        warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule,
-                        optimizer=cfg.dpo_optimizer, grad_clip=cfg.grad_clip,
-                        evaluate_every=cfg.eval_every, evaluation=evaluation,
-                        check=starts_at_reference(cfg, groups.K),
-                        unit="groups" if cfg.loss == "plackett-luce" else "pairs",
-                        more_parts=fresh and dict(fresh=fresh))
-        except Diverged as error:
-            if not cfg.dpo_module:
-                raise
-            raise student.CodeError(f"{error}; or the mistake is in {cfg.dpo_module}") from error
+        point = fit(job, run, policy, batches, loss_fn, steps=cfg.dpo_steps, lr=cfg.dpo_lr,
+                    warmup=cfg.dpo_warmup, schedule=cfg.dpo_schedule, optimizer=cfg.dpo_optimizer,
+                    grad_clip=cfg.grad_clip, evaluate_every=cfg.eval_every,
+                    check=starts_at_reference(cfg, groups.K), evaluation=evaluation,
+                    unit="groups" if cfg.loss == "plackett-luce" else "pairs",
+                    more_parts=fresh and dict(fresh=fresh))
     finish_method(job, run, policy, point)
 
 

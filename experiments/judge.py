@@ -45,6 +45,7 @@ from train import STAGES, Completions, Stage, build, needs, parents_of_groups, r
 
 REWARD_JUDGES = "r*", "r_phi"  # they score each answer, so both orders have the same verdict
 
+
 def make_judge(job: Job):
     """--judge as a function judge(prompts, a, b) -> verdicts (N,), disagree (N,) bool.
 
@@ -311,8 +312,9 @@ def report_judge(job: Job) -> None:
     folder = job.folder("judge")
     results, rows = read_json(folder / "judge.json"), {}
     cells = [(f"temperature {p['temperature']:g}", p["policy"], p) for p in results["points"]]
+    steps = results["steps"][:-1]  # the last step is the row "temperature 1"
     cells += [(f"step {p['step']}" + ": π_ref" * (p["step"] == 0), DPO, p)
-              for p in results["steps"]]
+              for p in steps[:: -(-len(steps) // 4)]]
     for row, name, p in cells:
         rows.setdefault(row, {}).update({name: p["win"], name + "_se": p["win_se"]})
     print(f"\nwin rate against the file's chosen answers\n{caption(results)}")

@@ -179,8 +179,9 @@ def report_degenerate(job: Job) -> None:
                   f"DPO's KL and {figures.times_dpo(rows, name, 'ref_ppl')} times its perplexity")
     print("\n" + "\n\n".join(map("\n".join, read_samples(folder / "degenerate.txt")[:3])))
     print("\nLook at perplexity and the samples: reward alone may not show that texts are broken.\n"
-          f"samples: {folder / 'degenerate.txt'}\npicture: {folder / 'degenerate.png'}\n"
-          "next:    the same command with --weight FILE.py:FUNCTION draws your own weight too")
+          f"samples: {folder / 'degenerate.txt'}\npicture: {folder / 'degenerate.png'}")
+    if job.cfg.weight in dpo.WEIGHTS:
+        print("next:    the same command with --weight FILE.py:FUNCTION draws your own weight too")
 
 
 # ------------------------------------------------------------------------------ overoptimisation

@@ -131,8 +131,8 @@ def table_text(points: list[dict], rows: list[dict]) -> str:
 
     def by_kl(title, key):  # KLs that a method reaches, at most three in a block
         at = [kl for kl in kls if any(r[key][kl] for r in rows)]
-        return [block(title, {f"KL {kl}": [r[key][kl] for r in rows] for kl in part})
-                for part in (at[:3], at[3:]) if part]
+        return [block(name, {f"KL {kl}": [r[key][kl] for r in rows] for kl in part})
+                for name, part in ((title, at[:3]), (f"{title}, continued", at[3:])) if part]
 
     def wrapped(text, **options):
         return textwrap.fill(text, 100, break_on_hyphens=False, **options)

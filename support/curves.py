@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from support.points import DPO_LOGGED, read_curves
+from support.points import read_curves
 from support.runs import write_whole
 
 KL, REWARD = "KL(π ‖ π_ref), nats per completion", "mean true reward r*, from 0 to 1"
@@ -33,19 +33,24 @@ def training_curves(folder: Path) -> Path:
     run, steps, evals, optimum = read_curves(folder)
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     way, *panels = figure.subplot_mosaic("abc;ade").values()
-    title = f"{run['title']}: {reward_against_kl(way, evals, optimum)}"
-    if DPO_LOGGED[-1] in steps[0]:
+    method, _, others = run["title"].partition("; ")
+    if len(others) < 50:  # a longer list of settings stands in the caption
+        method, others = run["title"], ""
+    title = f"{method}: {reward_against_kl(way, evals, optimum)}"
+    if "beta" in run:
         dpo_panels(panels, steps, evals, run["loss"], run["beta"], run["num_completions"])
     else:
-        ppo_panels(panels, steps, run["ppo_target"])
+        score = {"ppo": "r_φ", "ppo-gt": "r*"}.get(run["stage"], "reward")
+        ppo_panels(panels, steps, score, run["ppo_target"])
     for ax in figure.axes:
         high = ax.get_subplotspec().rowspan.stop - ax.get_subplotspec().rowspan.start
         ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16 / high))
         ax.grid(alpha=0.25)
     name = "/".join(folder.resolve().parts[-2:])
-    caption = f"{name}: lines without marks are running means over a twentieth of the run"
+    caption = "; ".join(filter(None, [name, others, "lines without marks are running means over a "
+                                      "twentieth of the run"]))
     title, caption = ("\n".join(textwrap.wrap(  # what is not printable cannot be drawn
-        "".join(c if c.isprintable() else "_" for c in text), width))
+        "".join(c if c.isprintable() else "_" for c in text), width, break_on_hyphens=False))
         for text, width in ((title, 100), (caption, 210)))
     figure.suptitle(title, fontsize=14, parse_math=False)
     figure.supxlabel(caption, fontsize=8.5, x=0.01, ha="left", parse_math=False)
@@ -99,10 +104,10 @@ def dpo_panels(axes, steps: list[dict], evals: list[dict], loss: str, beta: floa
                   label="held-out pairs")
 
 
-def ppo_panels(axes, steps: list[dict], target: float) -> None:
+def ppo_panels(axes, steps: list[dict], score: str, target: float) -> None:
     """Reward and KL of the rollouts, explained variance and clipped share, and β."""
     reward, kl, shares, beta = axes
-    plot_steps(reward, steps, "Reward that PPO maximises", "mean reward of the rollouts",
+    plot_steps(reward, steps, f"Reward that PPO maximises, {score}", f"mean {score}",
                [("reward", "rollouts", "C0-")])
     plot_steps(kl, steps, "KL of the rollouts", KL, [("kl", "rollouts", "C0-")])
     if target:

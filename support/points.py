@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.runs import UserError, first_ten, read_json, read_rows, reading
+from support.runs import (UserError, first_ten, hash_of_files, read_json, read_rows,
+                          reading)
 
 KEYS = ("preset model method setting seed step temperature reward reward_se kl kl_se kl_mc "
         "kl_mc_se length eos distinct2 repetition grammatical ref_ppl win ess "
@@ -96,15 +97,21 @@ def read_curves(folder: Path) -> tuple[dict, list[dict], list[dict], list[dict]]
     steps = [row for row in rows if "eval" not in row]
     keys = [k for k in (DPO_LOGGED, PPO_LOGGED) if steps and k[-1] in steps[0]]
     if not keys:
-        raise UserError(f"{folder} holds no run of dpo or ppo: give the folder of one, or a "
-                        "frontier's")
+        raise UserError(f"{folder} holds no run of dpo or ppo: give the folder of such a run, or of"
+                        " a frontier")
     with reading(folder / "config.json"):
         config = read_json(folder / "config.json")
         about, settings = config["about"], config["settings"]
-        run = dict(title=about.get("title", folder.name), loss=str(settings.get("loss")))
-        run |= {key: number(settings.get(key, 1))
-                for key in ("beta", "num_completions", "ppo_target")}
-        reference_json = folder.parent / about.get("groups", "groups") / "reference.json"
+        used = dict(beta=1e-9, num_completions=1) if keys[0] is DPO_LOGGED else dict(ppo_target=0)
+        run = {key: number(settings[key], low) for key, low in used.items()}
+        run |= dict(stage=str(about.get("stage")), loss=str(settings.get("loss")),
+                    title=str(about.get("title", folder.name)))
+        groups = [path.parent for path in folder.parent.glob("groups*/config.json")
+                  if hash_of_files(read_json(path)["files"]) == config["parents"]["groups"]]
+    if not groups:
+        raise UserError(f"no folder {folder.parent / 'groups*'} holds the groups of this run: the "
+                        "command that made it makes them again")
+    reference_json = groups[0] / "reference.json"
     with reading(reference_json):
         reference = read_json(reference_json)
         evals = [numbers(reference["point"], measures) | dict(step=0, accuracy=None)]

@@ -322,10 +322,8 @@ class Run:
 
     @property
     def hash(self) -> str:
-        """The hash of all files of a finished run that later stages read. Two files hold times and
-        are left out, so that a run that is made again has the same hash."""
-        timed = ("metrics.jsonl", "result.json")
-        return json_hash({name: x for name, x in self.files.items() if name not in timed})
+        """The hash of all files of a finished run that later stages read."""
+        return hash_of_files(self.files)
 
     def _mine(self) -> bool:
         """Whether the folder holds a result or checkpoint of this identity. UserError if it holds
@@ -439,6 +437,13 @@ class Run:
             with writing(metrics):
                 sync(metrics)  # the rows reach the disk before the checkpoint that counts them
         write_whole(self.path(name), lambda file: file.write(content))
+
+
+def hash_of_files(files: dict[str, str]) -> str:
+    """The hash of a run from those of its files. Two files hold times and are left out, so that a
+    run that is made again has the same hash."""
+    return json_hash({name: x for name, x in files.items()
+                      if name not in ("metrics.jsonl", "result.json")})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -218,6 +218,17 @@ SETTINGS_OF = {  # stage -> the groups of settings that decide its result
     "frontier": (*BASE, "rm", "method", "dpo", "ppo", "samples", "online", "frontier")}
 
 
+# settings that a stage chooses itself, or that do not change its result, though their group does
+UNUSED = {
+    **dict.fromkeys(("dpo", "online"), ("alpha",)),
+    **dict.fromkeys(OTHER_LOSSES, ("loss", "weight", "labels", "label_scale")),
+    "degenerate": ("dpo_optimizer", "dpo_schedule", "dpo_steps", "dpo_warmup", "eval_every"),
+    "overoptimisation": ("beta", "train_prompts", "eval_every"),
+    "frontier": ("loss", "weight", "labels", "beta", "alpha", "run_seed", "eval_every",
+                 "valid_samples", "dpo_steps", "dpo_warmup", "online_start", "online_labels",
+                 "ppo_target")}
+
+
 def settings_of(cfg: Settings, groups: tuple) -> dict:
     """The settings of these groups, by name."""
     return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["group"] in groups}
@@ -247,15 +258,18 @@ def run_name(cfg: Settings, preset: Settings, groups: tuple) -> str:
 
 TITLES = {"dpo": "DPO, β {beta:g}", "online": "online DPO (labels by {online_labels}), β {beta:g}",
           "unlikelihood": "Unlikelihood, α {alpha:g}", "preferred-ft": "Preferred-FT",
-          "ppo": "PPO (learned reward), target KL {ppo_target:g}",
-          "ppo-gt": "PPO-GT (true reward), target KL {ppo_target:g}"}
+          "ppo": "PPO (learned reward)", "ppo-gt": "PPO-GT (true reward)"}
 
 
 def run_title(stage: str, cfg: Settings, preset: Settings) -> str:
-    """The method, and the settings that differ from the preset: "DPO, β 1.6, labels soft"."""
+    """The method, and the settings that differ from the preset: "DPO, β 1.6; labels soft"."""
     title, others = TITLES.get(stage, stage), changed_settings(cfg, preset, SETTINGS_OF[stage])
-    return ", ".join([title.format(**vars(cfg)), *(
-        f"{name} {value}" for name, value in others.items() if f"{{{name}" not in title)])
+    if stage in ("ppo", "ppo-gt"):
+        title += ", target KL {ppo_target:g}" if cfg.ppo_target else ", constant β {ppo_beta:g}"
+    silent = *UNUSED.get(stage, ()), "ppo_target"
+    listed = ", ".join(f"{name} {value}" for name, value in others.items()
+                       if f"{{{name}" not in title and name not in silent)
+    return "; ".join(filter(None, [title.format(**vars(cfg)), listed]))
 
 
 def user_files(cfg: Settings, stage: str) -> dict[str, str]:
@@ -337,7 +351,9 @@ def parse(argv, cuda: bool) -> tuple[str, str, str, Settings]:
     reason = ("--preset" if preset else "the default with CUDA" if name == "imdb" else
               "the default without CUDA")
     headline = f"preset {name} ({reason}); stage {stage}"
-    used = settings_of(TOY, (*SETTINGS_OF[stage], "run"))
+    # inspect shows r_φ beside r̂, if stage rm has run
+    used = settings_of(TOY, (*SETTINGS_OF[stage], "run", *["rm"] * (stage == "inspect")))
+    used = used.keys() - UNUSED.get(stage, ())
     if unused := [f"--{x.replace('_', '-')}" for x in given if x not in used]:
         headline += f", which does not use {', '.join(unused)}"
     cfg = replace(PRESETS[name], **given)

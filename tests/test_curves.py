@@ -43,7 +43,7 @@ def test_every_panel_has_a_title_units_and_a_legend_and_nothing_is_cut_off(curve
     for ax, unit in zip(curves.axes, units, strict=True):
         assert unit in ax.get_ylabel(), f"{ax.get_title()!r} has no unit: {ax.get_ylabel()!r}"
     assert curves.get_suptitle() == "DPO, β 0.5: reward 0.500 → 0.800 at KL 1.3 nats"
-    assert curves.get_supxlabel().startswith("toy/dpo: "), "which folder is it?"
+    assert curves.get_supxlabel().startswith("toy/dpo; "), "which folder is it?"
     assert_nothing_is_cut_off(curves)
 
 
@@ -108,31 +108,47 @@ def test_a_folder_and_a_title_may_have_any_name(tmp_path):
         caption, above = ("".join(text.split()) for text in (
             figure.get_supxlabel(), figure.get_suptitle()))
         title = title.replace(" ", "")
-        assert f"/{title}:lines" in caption and f"weight$w$.py:{title}:reward" in above
+        assert f"/{title};lines" in caption and f"weight$w$.py:{title}:reward" in above
         figure.draw_without_rendering()
 
 
 def test_a_damaged_config_is_one_sentence(tmp_path):
     run = write_run(tmp_path, 2)
-    for text in ("", "5", "{}", '{"settings": {}}', '{"about": {"title": "x"}}',
-                 '{"settings": {"beta": "1"}, "about": {}}'):
-        (run / "config.json").write_text(text)
+    good = json.loads((run / "config.json").read_text())
+    settings = [good["settings"] | {key: x} for key in ("beta", "num_completions")
+                for x in ("1", 0, -1, None, math.inf)]
+    for config in (5, {}, dict(settings={}), good | dict(settings={}), good | dict(parents={}),
+                   good | dict(about=5), *(good | dict(settings=x) for x in settings)):
+        (run / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="config.json is damaged"):
             training_curves(run)
+    (run / "config.json").write_text(json.dumps(good | dict(parents=dict(groups="x"))))
+    with pytest.raises(UserError, match="no folder .* holds the groups of this run"):
+        training_curves(run)
 
 
-@pytest.mark.parametrize("target", [2.0, 0.0])
-def test_ppo_has_curves_with_its_reward_kl_and_beta(tmp_path, target):
+def test_a_long_list_of_settings_stands_below_the_figure(tmp_path):
+    many = ", ".join(f"setting_{i} reference-free" for i in range(20))
+    run = write_run(tmp_path, 40, f"DPO, β 0.5; {many}")
+    figure = saved_by(lambda: training_curves(run))
+    assert figure.get_suptitle() == "DPO, β 0.5: reward 0.500 → 0.800 at KL 1.3 nats"
+    assert f"toy/dpo; {many}; lines" in figure.get_supxlabel().replace("\n", " ")
+    assert_nothing_is_cut_off(figure)
+
+
+@pytest.mark.parametrize("stage, target", [("ppo", 2.0), ("ppo-gt", 0.0)])
+def test_ppo_has_curves_with_its_reward_kl_and_beta(tmp_path, stage, target):
     run = write_run(tmp_path, 40)
-    (run.parent / "groups-x").rename(run.parent / "groups")
-    (run / "config.json").write_text(json.dumps(dict(
-        about=dict(title="PPO of some kind"), settings=dict(ppo_target=target))))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(
+        about=dict(stage=stage), settings=dict(ppo_target=target))))
     rows = [dict(step=i, kl=0.1 * i, reward=2.0 * i, beta=1 + i, clip_fraction=0.01 * i,
                  explained_variance=0.02 * i, entropy=1.2) for i in range(20)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [
         *rows, dict(step=19, eval=evaluation(1, True))]))
     figure = saved_by(lambda: training_curves(run))
-    assert figure.get_suptitle().startswith("PPO of some kind: reward 0.500")
+    assert figure.get_suptitle().startswith("dpo: reward 0.500"), "no title: the folder's name"
+    assert figure.axes[1].get_ylabel() == {"ppo": "mean r_φ", "ppo-gt": "mean r*"}[stage]
     way, reward, kl, shares, beta = figure.axes
     np.testing.assert_allclose(errorbars_of(way)[0].lines[0].get_xydata(), [(0, 0.5), (1.3, 0.8)])
     for ax, label, key in ((reward, "rollouts", "reward"), (kl, "rollouts", "kl"),

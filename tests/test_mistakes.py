@@ -597,7 +597,7 @@ MISTAKES = {
             f"import math\ndef dpo_loss({DPO_LOSS}):\n"
             "    zero = 0 * pi_logps.detach()\n    return zero[yw_idxs] + math.log(2), zero")),
     **{f"a module whose loss is {value}": at_work(
-        MODULE, "is not finite at step 0", "the mistake is in mine.py; correct it", given=mine(
+        MODULE, "is not finite at step 0", "Perhaps the mistake is in mine.py; correct", given=mine(
             f"from dpo import dpo_loss as true\ndef dpo_loss({DPO_LOSS}):\n"
             "    losses, r = true(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)\n"
             f"    return {code}, r"))
@@ -817,8 +817,8 @@ MISTAKES = {
         "plot_frontier.py {dpo}", "reference.json is damaged", "restore", given=write(
             "groups/reference.json", text))
        for text in ("{}", "5", "[]", '{"point": {}}', "[" * 100_000)},
-    "curves without their groups": at_once("plot_frontier.py {dpo}", "cannot read",
-                                           "reference.json: No such", given=remove("groups")),
+    "curves without their groups": at_once("plot_frontier.py {dpo}", "groups* holds the groups of",
+                                           given=remove("groups")),
     "a picture that cannot be written": at_once(
         "plot_frontier.py f", "cannot write f/frontier.png", given=(
             write("f/frontier.jsonl", [frontier_point("sft")]),

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import plot_frontier
 from plot_frontier import STYLES, caption, envelope, frontier, main, reliable_optimum
 from support.curves import save_figure
+from support.runs import hash_of_files
 
 # ------------------------------------------------------------------------------ a synthetic world
 
@@ -123,13 +124,15 @@ def write_run(folder: Path, n: int, title: str = "DPO, β 0.5", reward: bool = T
             lines.append(dict(step=i, eval=evaluation(t, reward) | dict(accuracy=0.5 + 0.3 * t)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "config.json").write_text(json.dumps(dict(
-        about=dict(stage="dpo", title=title, groups="groups-x"),
+        about=dict(stage="dpo", title=title), parents=dict(groups=hash_of_files(dict(x="mine"))),
         settings=dict(beta=BETA, loss=loss, num_completions=4))))
-    groups, optimum = run.parent / "groups-x", [
-        dict(kl=kl, reward=best_reward(kl), ess=8 / kl) for kl in (8.0, 1.0, 0.5, 3.0)] * reward
-    groups.mkdir()
-    (groups / "reference.json").write_text(
-        json.dumps(dict(point=evaluation(0, reward), optimum=optimum)))
+    optimum = [dict(kl=kl, reward=best_reward(kl), ess=8 / kl)
+               for kl in (8.0, 1.0, 0.5, 3.0)] * reward
+    for name, x in (("groups", "another's"), ("groups-x", "mine")):
+        (run.parent / name).mkdir()
+        (run.parent / name / "config.json").write_text(json.dumps(dict(files=dict(x=x))))
+        (run.parent / name / "reference.json").write_text("{}" if x != "mine" else json.dumps(
+            dict(point=evaluation(0, reward), optimum=optimum)))
     return run
 
 

@@ -87,8 +87,8 @@ def test_all_points_that_are_read_can_be_drawn(tmp_path, monkeypatch, capsys):
 
 def test_the_steps_and_evaluations_of_a_run_are_those_that_were_logged(tmp_path):
     run, steps, evals, optimum = read_curves(write_run(tmp_path, 40))
-    assert run == dict(title="DPO, β 0.5", loss="pairwise", beta=0.5, num_completions=4,
-                       ppo_target=1), "a setting that a run does not have is 1"
+    assert run == dict(title="DPO, β 0.5", stage="dpo", loss="pairwise", beta=0.5,
+                       num_completions=4)
     assert steps == [step_row(i, 40) for i in range(40)]
     assert [(p["kl"], p["ess"]) for p in optimum] == [(0.5, 16), (1, 8), (3, 8 / 3)], "by KL"
     assert evals == [evaluation(t / 40, True) | dict(

@@ -13,7 +13,8 @@ import train
 from gpt import GPT, GPTConfig
 from support.runs import UserError, file_hash
 from support.settings import (GROUPS, OTHER_LOSSES, PRESETS, SETTINGS_OF, TOY, Settings, check,
-                              parse, run_name, run_title, settings_of, stage_of, user_files)
+                              UNUSED, parse, run_name, run_title, settings_of, stage_of,
+                              user_files)
 
 FIELDS = pytest.mark.parametrize("f", fields(Settings), ids=lambda f: f.name)
 
@@ -173,24 +174,33 @@ def test_a_run_name_is_a_folder_name():
                                                          "--ppo-lr"),
     ("--stage rm --rm-lr 1 --prompts 99", ""), ("--stage online --online-every 7 --beta 1", ""),
     ("--stage sft --beta 0.5", "sft, which does not use --beta"),
-    ("--stage preferred-ft --dpo-steps 9", "")])
+    ("--stage preferred-ft --dpo-steps 9", ""), ("--stage inspect --rm-lr 1 --beta 1", ""),
+    ("--stage unlikelihood --loss pairwise", "unlikelihood, which does not use --loss"),
+    ("--stage degenerate --dpo-steps 9 --beta 1", "degenerate, which does not use --dpo-steps")])
 def test_flags_that_do_not_change_a_stage_are_named(flags, unused):
     _, _, headline, _ = parse(flags.split(), cuda=False)
     assert headline == f"preset toy (the default without CUDA); stage {unused or flags.split()[1]}"
 
 
+def test_a_stage_lists_as_unused_only_settings_of_its_groups():
+    for stage, names in UNUSED.items():
+        assert set(names) <= settings_of(TOY, SETTINGS_OF[stage]).keys(), stage
+
+
 @pytest.mark.parametrize("stage, settings, title", [
-    ("dpo", {}, "DPO, β 1.6"), ("dpo", dict(weight="constant"), "DPO, β 1.6, weight constant"),
-    ("dpo", dict(labels="soft", beta=0.5, dpo_steps=9), "DPO, β 0.5, dpo_steps 9, labels soft"),
-    ("dpo", dict(loss="plackett-luce", seed=1), "DPO, β 1.6, seed 1, loss plackett-luce"),
+    ("dpo", {}, "DPO, β 1.6"), ("dpo", dict(weight="constant"), "DPO, β 1.6; weight constant"),
+    ("dpo", dict(labels="soft", beta=0.5, dpo_steps=9), "DPO, β 0.5; dpo_steps 9, labels soft"),
+    ("dpo", dict(loss="plackett-luce", seed=1), "DPO, β 1.6; seed 1, loss plackett-luce"),
     ("online", {}, "online DPO (labels by r*), β 1.6"),
     ("online", dict(online_labels="self", online_every=5),
-     "online DPO (labels by self), β 1.6, online_every 5"),
-    ("unlikelihood", dict(alpha=0.1), "Unlikelihood, α 0.1"),
-    ("preferred-ft", dict(run_seed=2, ppo_steps=9), "Preferred-FT, run_seed 2"),
+     "online DPO (labels by self), β 1.6; online_every 5"),
+    ("unlikelihood", dict(alpha=0.1, weight="ipo"), "Unlikelihood, α 0.1"),
+    ("preferred-ft", dict(run_seed=2, ppo_steps=9), "Preferred-FT; run_seed 2"),
+    ("dpo", dict(alpha=0.1), "DPO, β 1.6"),
     ("ppo", dict(beta=0.5), "PPO (learned reward), target KL 2"),
-    ("ppo-gt", dict(ppo_target=0.0), "PPO-GT (true reward), target KL 0"),
-    ("sft", dict(sft_lr=0.1), "sft, sft_lr 0.1")])
+    ("ppo-gt", dict(ppo_target=0.0), "PPO-GT (true reward), constant β 0.3"),
+    ("ppo-gt", dict(ppo_target=9.0, ppo_lr=1), "PPO-GT (true reward), target KL 9; ppo_lr 1"),
+    ("sft", dict(sft_lr=0.1), "sft; sft_lr 0.1")])
 def test_a_title_says_what_differs_from_the_preset_in_the_settings_of_its_stage(stage, settings,
                                                                                title):
     assert run_title(stage, replace(TOY, **settings), TOY) == title

@@ -704,7 +704,7 @@ def test_dpo_with_another_loss_is_a_stage_of_its_own(chain, copied, stage, shown
     out = copied("sft", "groups")
     result = command("--stage", stage, *TINY, "--dpo-steps", 1, "--out", out, "--data", chain.data)
     assert result.code == 0 and result.out.count("found in") == 2, result.err
-    assert f"\nπ_θ: {shown}, " in result.out
+    assert f"\nπ_θ: {shown}; " in result.out
     assert "next:    python train.py --stage dpo --preset toy" in result.out, "DPO, to compare"
     assert read_json(folder(out, stage) / "config.json")["settings"]["loss"] == stage
 
