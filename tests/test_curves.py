@@ -98,6 +98,15 @@ def test_the_panel_of_reward_against_kl_has_error_bars_and_the_optimum(curves):
     assert held_out.get_xdata().tolist() == steps[1:], "no accuracy was measured before training"
 
 
+def test_a_large_kl_has_a_logarithmic_axis_on_which_0_can_be_drawn(tmp_path, curves):
+    run = write_run(tmp_path, 4)
+    rows = (run / "metrics.jsonl").read_text().replace('"kl": 1.3', '"kl": 130')
+    (run / "metrics.jsonl").write_text(rows)
+    way = saved_by(lambda: training_curves(run)).axes[0]
+    assert (way.get_xscale(), curves.axes[0].get_xscale()) == ("symlog", "linear")
+    assert way.get_xlim()[0] <= 0 and way.get_xlim()[1] > 130
+
+
 def test_a_folder_and_a_title_may_have_any_name(tmp_path):
     """matplotlib would read $ as a formula, and cannot draw what is not UTF-8. A long name is not
     cut."""

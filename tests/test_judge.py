@@ -331,6 +331,7 @@ def test_win_rates_over_temperatures_and_steps(place, tmp_path):
     for line, p in zip(shown[4:], [points["DPO", t] for t in (0, 0.25, 0.5, 0.75, 1)] + few):
         error = f" ±{p['win_se']:.3f}" * (p["win_se"] > 0)
         assert line.endswith(f"  {p['win']:.3f}{error}"), "temperatures, then steps"
+    assert shown[9].startswith("step 0: π_ref ") and ": " not in "".join(shown[10 : 9 + len(few)])
     assert shown[9 + len(few)].startswith("Preferred-FT: after training"), "no more rows"
     assert (run / "judge.png").stat().st_size > 10_000
 
