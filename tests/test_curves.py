@@ -18,6 +18,7 @@ from support.runs import UserError
 def test_curves_are_drawn_for_a_run_of_any_length(tmp_path, n, reward):
     run = write_run(tmp_path, n, reward=reward)
     figure = saved_by(lambda: training_curves(run))
+    training_curves(run)
     pixels = matplotlib.image.imread(run / "curves.png")[..., :3]
     assert pixels.shape[1] >= 1200 and pixels.shape[0] >= 700, "the picture is too small to read"
     assert 0.02 < (pixels.mean(-1) < 0.95).mean() < 0.5, "the picture is blank or full"
