@@ -261,6 +261,11 @@ COLUMNS = {  # title: a point's key, digits, meaning
     "accuracy": ("accuracy", 3, "share of held-out pairs that the implicit reward ranks correctly")}
 
 
+def plus_minus(value: float, se: float | None, digits: int) -> str:
+    """A number and its standard error, if it has one: "0.904 ±0.006". Never "-0.000"."""
+    return f"{round(value, digits) + 0:.{digits}f}" + (f" ±{se:.{digits}f}" if se else "")
+
+
 def table(points: dict[str, dict], columns: dict[str, tuple] = COLUMNS) -> str:
     """A row per point with standard errors, then the meaning of the columns. A cell is empty if the
     point has no such measure, and "-" if it could not be estimated. A column without any value is
@@ -271,10 +276,9 @@ def table(points: dict[str, dict], columns: dict[str, tuple] = COLUMNS) -> str:
     for name, point in points.items():
         rows.append([name])
         for key, digits, _ in columns.values():
-            value, se = point.get(key), point.get(key + "_se")
-            error = f" ±{se:.{digits}f}" if se else ""
+            value = point.get(key)
             rows[-1].append("-" * (key in point) if value is None else
-                            f"{round(value, digits) + 0:.{digits}f}{error}")  # + 0: no "-0.000"
+                            plus_minus(value, point.get(key + "_se"), digits))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0] + row[0].count("\u0302")),  # r̂'s hat has no width
                         *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -295,8 +299,8 @@ def report(job, stage: str) -> None:
     print("", *textwrap.wrap(title, 100, break_on_hyphens=False), table(points), sep="\n")
     if optimum:
         print("The optimum is the largest reward that any policy can have at that KL (Eq. 4).")
-    print(f"The one-sample estimate of KL is {round(after['kl_mc'], 3) + 0:.3f} "
-          f"±{after['kl_mc_se']:.3f}.\n")
+    one_sample = plus_minus(after["kl_mc"], after["kl_mc_se"], 3)
+    print(f"The one-sample estimate of KL is {one_sample}.\n")
     print("\n\n".join(map("\n".join, read_samples(folder / "samples.txt")[:4])) + "\n")
     look = "KL, π_θ's distance from π_ref"
     last = max((p["kl"] for p in optimum if p["ess"] >= 2), default=0)

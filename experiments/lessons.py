@@ -88,9 +88,9 @@ def report_inspect(job: Job) -> None:
     folder = job.folder("inspect")
     results = read_json(folder / "inspect.json")
     print("\n" + read_text(folder / "inspect.txt"))
-    print(f"Is the language model a reward model? On {results['groups']} held-out prompts r̂ orders "
-          f"{results['accuracy']:.1%} of pairs\nas r* (or the file) does. Correlation of r̂ with r* "
-          f"within a prompt: {results['rank_correlation']:.3f} (ranks), "
+    print(f"Is the language model a reward model? On {results['groups']} held-out prompts r̂ "
+          f"orders {results['accuracy']:.1%} of pairs\nas r* (or the file) does. Correlation of "
+          f"r̂ with r* within a prompt: {results['rank_correlation']:.3f} (ranks), "
           f"{results['correlation']:.3f} (linear).")
     print(f"Does DPO make π(y_w) > π(y_l)? log π_θ orders {results['logp_accuracy']:.1%} of these "
           f"pairs as r* does, and\nlog π_ref {results['ref_logp_accuracy']:.1%}. Eq. 7 makes the "

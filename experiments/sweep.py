@@ -61,7 +61,8 @@ def methods_of(cfg: Settings) -> dict[str, Method]:
     paper = dict(loss="pairwise", weight="sigmoid", labels="hard")
     betas = {f"beta={b:g}": dict(paper, beta=b)  # Section 6.1's four; 0.5; more on the toy
              for b in (0.05, 0.1, 0.5, 1.0, 5.0, *(2.0, 3.0, 10.0) * toy)}
-    alphas = {f"alpha={a:g}": dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)}
+    alphas = {f"alpha={a:g}": dict(paper, loss="unlikelihood", alpha=a)
+              for a in (0.05, 0.1, 0.5, 1.0)}
     kls = {f"target={t:g}": dict(ppo_target=t) for t in targets}
     usual, seeds = (0.25, 0.5, 1.0, 2.0), cfg.seeds
     found = {  # the longest first, so that all cores finish at about the same time
@@ -72,7 +73,7 @@ def methods_of(cfg: Settings) -> dict[str, Method]:
         "dpo": Method("dpo", "dpo_lr", usual, betas, "beta=2" if toy else "beta=0.1", seeds),
         "unlikelihood": Method("unlikelihood", "dpo_lr", usual, alphas, "alpha=0.5", seeds),
         "preferred-ft": Method("preferred-ft", "dpo_lr", (0.5, 1.0, 2.0, 4.0),
-                               {"": dict(loss="preferred-ft")}, "", max(3, seeds))}
+                               {"": dict(paper, loss="preferred-ft")}, "", max(3, seeds))}
     if cfg.rankings:
         rankings = {name: v | dict(loss="plackett-luce") for name, v in betas.items()}
         found["plackett-luce"] = found["dpo"]._replace(settings=rankings, seeds=1)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from support.runs import (UserError, first_ten, hash_of_files, read_json, read_rows,
@@ -92,8 +93,8 @@ def read_curves(folder: Path) -> tuple[dict, list[dict], list[dict], list[dict]]
     The evaluation at step 0 and the optimum stand in the folder of the run's groups, beside this
     folder. UserError where the folder holds no such run, or a file is damaged.
     """
-    path, measures = folder / "metrics.jsonl", "kl kl_se reward reward_se".split()
-    rows = read_rows(path)
+    metrics, measures = folder / "metrics.jsonl", "kl kl_se reward reward_se".split()
+    rows = read_rows(metrics)
     steps = [row for row in rows if "eval" not in row]
     keys = [k for k in (DPO_LOGGED, PPO_LOGGED) if steps and k[-1] in steps[0]]
     if not keys:
@@ -106,18 +107,21 @@ def read_curves(folder: Path) -> tuple[dict, list[dict], list[dict], list[dict]]
         run = {key: number(settings[key], low) for key, low in used.items()}
         run |= dict(stage=str(about.get("stage")), loss=str(settings.get("loss")),
                     title=str(about.get("title", folder.name)))
-        groups = [path.parent for path in folder.parent.glob("groups*/config.json")
-                  if hash_of_files(read_json(path)["files"]) == config["parents"]["groups"]]
+        made_from, groups = config["parents"]["groups"], []
+    for path in folder.parent.glob("groups*/config.json"):
+        with suppress(UserError), reading(path):  # a damaged folder holds another run's groups
+            if hash_of_files(read_json(path)["files"]) == made_from:
+                groups.append(path.parent)
     if not groups:
-        raise UserError(f"no folder {folder.parent / 'groups*'} holds the groups of this run: the "
-                        "command that made it makes them again")
+        raise UserError(f"no folder {folder.parent / 'groups*'} holds the groups of this run: "
+                        "repeat the command that made the run, and it makes them again")
     reference_json = groups[0] / "reference.json"
     with reading(reference_json):
         reference = read_json(reference_json)
         evals = [numbers(reference["point"], measures) | dict(step=0, accuracy=None)]
         optimum = [numbers(p, ("kl", "reward", "ess")) for p in reference["optimum"]]
         optimum = sorted((p for p in optimum if p["ess"] >= 2), key=lambda p: p["kl"])
-    with reading(path):
+    with reading(metrics):
         evals += [numbers(dict(accuracy=None) | row["eval"] | dict(step=row["step"] + 1),
                           ["step", "accuracy", *measures]) for row in rows if "eval" in row]
         for row in steps:

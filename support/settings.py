@@ -218,10 +218,11 @@ SETTINGS_OF = {  # stage -> the groups of settings that decide its result
     "frontier": (*BASE, "rm", "method", "dpo", "ppo", "samples", "online", "frontier")}
 
 
-# settings that a stage chooses itself, or that do not change its result, though their group does
+# settings in a stage's groups that the stage chooses itself or ignores
 UNUSED = {
     **dict.fromkeys(("dpo", "online"), ("alpha",)),
-    **dict.fromkeys(OTHER_LOSSES, ("loss", "weight", "labels", "label_scale")),
+    "unlikelihood": ("loss", "weight", "label_scale", "beta"),  # β only scales the logged r̂
+    "preferred-ft": ("loss", "weight", "label_scale", "beta", "alpha"),
     "degenerate": ("dpo_optimizer", "dpo_schedule", "dpo_steps", "dpo_warmup", "eval_every"),
     "overoptimisation": ("beta", "train_prompts", "eval_every"),
     "frontier": ("loss", "weight", "labels", "beta", "alpha", "run_seed", "eval_every",

@@ -86,7 +86,11 @@ def test_all_points_that_are_read_can_be_drawn(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------ a run's curves
 
 def test_the_steps_and_evaluations_of_a_run_are_those_that_were_logged(tmp_path):
-    run, steps, evals, optimum = read_curves(write_run(tmp_path, 40))
+    folder = write_run(tmp_path, 40)
+    for i, text in enumerate(("", "5", "{}", '{"files": 5}')):  # damaged groups of other runs
+        (folder.parent / f"groups-{i}").mkdir()
+        (folder.parent / f"groups-{i}" / "config.json").write_text(text)
+    run, steps, evals, optimum = read_curves(folder)
     assert run == dict(title="DPO, β 0.5", stage="dpo", loss="pairwise", beta=0.5,
                        num_completions=4)
     assert steps == [step_row(i, 40) for i in range(40)]

@@ -4,12 +4,15 @@ name of the stages that depend on it, and of no other. Bad values are rows of te
 import os
 import re
 from dataclasses import FrozenInstanceError, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import command
 
 import train
+from experiments.lessons import data_ablation, loss_ablation
+from experiments.sweep import finals, methods_of
 from gpt import GPT, GPTConfig
 from support.runs import UserError, file_hash
 from support.settings import (GROUPS, OTHER_LOSSES, PRESETS, SETTINGS_OF, TOY, Settings, check,
@@ -185,6 +188,21 @@ def test_flags_that_do_not_change_a_stage_are_named(flags, unused):
 def test_a_stage_lists_as_unused_only_settings_of_its_groups():
     for stage, names in UNUSED.items():
         assert set(names) <= settings_of(TOY, SETTINGS_OF[stage]).keys(), stage
+
+
+@pytest.mark.parametrize("stage, runs", [
+    ("frontier", lambda cfg: [(p.stage, p.cfg) for p in finals(cfg, dict.fromkeys(
+        methods_of(cfg), 1e-3))]),
+    ("degenerate", lambda cfg: [("dpo", x) for x in loss_ablation(cfg).values()]),
+    ("overoptimisation", lambda cfg: [("dpo", x) for x in data_ablation(SimpleNamespace(
+        cfg=cfg, split=[range(9_999)])).values()])])
+def test_a_setting_that_a_stage_lists_as_unused_decides_none_of_its_runs(stage, runs):
+    every = replace(TOY, online=True, label_dial=True, rankings=True)
+    others = {f.name: other_value(f) for f in fields(Settings) if f.name in UNUSED[stage]}
+    plans = [[{name: x for name, x in settings_of(cfg, SETTINGS_OF[of]).items()
+               if name not in UNUSED.get(of, ())} for of, cfg in runs(start)]
+             for start in (every, replace(every, **others))]
+    assert len(plans[0]) >= 3 and plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("stage, settings, title", [
